@@ -1,0 +1,30 @@
+"""EDT, the Efficient Diffusion Transformer: train, run and judge an image generator on your own labelled pictures."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names load their module on first use: `edt --help` must not wait for torch.
+_EXPORTS = {
+    "ClassConditionalPipeline": "pipelines",
+    "EDTTransformer2DModel": "models",
+    "MaskPlan": "models",
+    "RespacedDDIMScheduler": "pipelines",
+    "TokenMasks": "models",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from .models import EDTTransformer2DModel as EDTTransformer2DModel
+    from .models import MaskPlan as MaskPlan
+    from .models import TokenMasks as TokenMasks
+    from .pipelines import ClassConditionalPipeline as ClassConditionalPipeline
+    from .pipelines import RespacedDDIMScheduler as RespacedDDIMScheduler
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,71 @@
+"""Weights of the authors' repositories to and from our models. To add a family: a file here and a line in `FAMILIES`."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import EDTTransformer2DModel
+from ..util.errors import UserError
+from ..util.lookup import lookup
+from . import official_edt
+
+FAMILIES: dict[str, Callable[..., Any]] = {"edt": official_edt.from_official}
+_INVERSES: dict[type, Callable[[Any], dict[str, Tensor]]] = {EDTTransformer2DModel: official_edt.to_official}
+
+
+def from_official(state_dict: Mapping[str, Tensor], family: str = "edt", **config: Any) -> Any:
+    """Build a model, in eval mode and with AMM off, from a state dict in the authors' names.
+
+    Args:
+        state_dict: names and shapes as their `model.state_dict()`; a leading "module." is dropped.
+        family: "edt".
+        config: arguments of the model's constructor. What shapes tell is inferred, and a given value must agree;
+            `sample_size` is needed for rectangular grids only.
+
+    Raises:
+        ValueError: missing or unexpected entries, or a given value that contradicts the file.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    return lookup(FAMILIES, family, "checkpoint family")(state, **config)
+
+
+def to_official(model: Any) -> dict[str, Tensor]:
+    """The model's weights under the authors' names; `from_official` reads them back bit for bit.
+
+    Raises:
+        ValueError: for a model of no known family.
+    """
+    for kind, inverse in _INVERSES.items():
+        if isinstance(model, kind):
+            return inverse(model)
+    raise ValueError(f"{type(model).__name__}: expected one of {', '.join(kind.__name__ for kind in _INVERSES)}")
+
+
+def read_official(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
+    """Read the weights out of a `.pt` file of the authors, without running any code in it.
+
+    Args:
+        path: a file written by their training script (a dict with "model", "ema", "opt", "args"), or a bare state dict.
+        weights: "ema" (what their sampling uses) or "model"; ignored for a bare state dict.
+
+    Raises:
+        UserError: if the file is absent, cannot be read with `weights_only=True`, or holds no such weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be read as plain weights ({reason[:200]}); it is truncated, or holds code") from None
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    if not isinstance(content, dict) or not isinstance(content.get(weights), dict):
+        raise UserError(f"{path} holds no {weights!r} weights: expected a dict with 'model' and 'ema', or a state dict")
+    return content[weights]

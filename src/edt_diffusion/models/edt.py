@@ -1,0 +1,411 @@
+"""EDT, the Efficient Diffusion Transformer (NeurIPS 2024, arXiv 2410.23788), as a diffusers model.
+
+Features of this file:
+* an odd number of stages (five in the paper): the first half ends each stage with a 2x2 down-sampling of tokens, the
+  second half begins each with an up-sampling and a long skip;
+* token-information enhancement (adaLN before each reduction) and positional-encoding supplement (a sine-cosine table
+  after it) in the down-sampling and long-skip modules;
+* adaLN-Zero transformer blocks with relative-position bias;
+* masks of token-relation-enhanced training as an argument, the Attention Modulation Matrix as a runtime setting;
+* one `blocks` list in execution order, every member called `block(hidden_states, temb, skips)`, as diffusers' cache
+  hooks need.
+
+Shapes in comments: B images, N tokens, C channels of a stage, D channels of stage 0 = width of the condition.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ..nn.adaln import NORM_EPS, AdaLayerNorm, Modulation, modulate
+from ..nn.attention import GridAttention
+from ..nn.embeddings import PatchEmbed, sincos_position_table, unpatchify
+from ..nn.modulation import AttentionModulation
+from ..nn.resample import merge_2x2, split_2x2
+from ..util.lookup import lookup
+from . import flops
+from .amm import ModulatedAttentionMixin, ModulationPreset
+from .masking import TokenMasks
+
+Grid = tuple[int, int]
+
+# Gathered relative-position biases kept in eval mode, summed over a model's blocks. XL would need 66 MB at 256 px and
+# 1.05 GB at 512 px; blocks beyond the limit gather theirs anew in each forward.
+KEPT_BIAS_BYTES = 256 * 2**20
+
+SIZES: dict[str, dict[str, Any]] = {
+    "S": {"depths": (2, 2, 2, 3, 3), "dims": (312, 416, 520, 416, 312), "num_heads": (6, 8, 10, 8, 6)},
+    "B": {"depths": (2, 2, 2, 3, 3), "dims": (624, 832, 1040, 832, 624), "num_heads": (12, 16, 20, 16, 12)},
+    "XL": {"depths": (6, 4, 4, 7, 7), "dims": (936, 1248, 1560, 1248, 936), "num_heads": (18, 24, 30, 24, 18)},
+}
+# Published training masks (shares of hidden tokens) of each size: see models/masking.py.
+SIZE_MASKS: dict[str, dict[str, Any]] = {
+    "S": {"down": ((0.4, 0.5), (0.1, 0.2)), "stage0": None},
+    "B": {"down": ((0.4, 0.5), (0.1, 0.2)), "stage0": None},
+    "XL": {"down": ((0.4, 0.5), (0.1, 0.2)), "stage0": (0.15, 0.25)},
+}
+
+_SMALL, _LARGE = SIZES["S"]["depths"], SIZES["XL"]["depths"]
+# Placements in the authors' code; between guidance 1.5 and 2, for which they give none, the nearer one is taken.
+AMM_PRESETS: dict[str, ModulationPreset] = {
+    "s-b-256": ModulationPreset(AttentionModulation((7, 10)), _SMALL, (312, 624), 16, (0.0, 1.75)),
+    "s-b-256-guided": ModulationPreset(AttentionModulation((8,)), _SMALL, (312, 624), 16, (1.75, float("inf"))),
+    "s-512": ModulationPreset(AttentionModulation((10,), "cos"), _SMALL, (312,), 32),
+    "xl-256": ModulationPreset(AttentionModulation((23, 25)), _LARGE, (936,), 16),
+    "xl-256-alternative": ModulationPreset(AttentionModulation((24,)), _LARGE, (936,), 16, automatic=False),
+}
+
+
+class Skips:
+    """What blocks of one forward pass share beside the hidden states: long skips (LIFO) and the token masks.
+
+    A plain object rather than a list, because diffusers' group offloading copies lists it finds among arguments.
+    """
+
+    def __init__(self, first_positions: Tensor, masks: TokenMasks | None) -> None:
+        self.first_positions = first_positions
+        self.masks = masks
+        self._stack: list[Tensor] = []
+
+    def push(self, hidden_states: Tensor) -> None:
+        self._stack.append(hidden_states)
+
+    def pop(self) -> Tensor:
+        return self._stack.pop()
+
+
+class EDTBlock(nn.Module):
+    """adaLN-Zero transformer block: (B, N, C) -> (B, N, C)."""
+
+    def __init__(
+        self, dim: int, heads: int, cond_dim: int, grid: Grid, mlp_ratio: float, keep_bias: bool, stage0_mask: bool
+    ) -> None:
+        super().__init__()
+        self.stage0_mask = stage0_mask
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = GridAttention(dim, heads, grid, keep_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+        for linear in (self.ff.net[0].proj, self.ff.net[2]):
+            nn.init.xavier_uniform_(linear.weight)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
+        self.adaln = Modulation(cond_dim, dim, 6, zero_init=True)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, skips: Skips) -> Tensor:
+        if self.stage0_mask and skips.masks is not None and skips.masks.stage0 is not None:
+            keep = skips.masks.stage0.unsqueeze(-1).bool()  # (B, N, 1)
+            hidden_states = torch.where(keep, hidden_states, skips.first_positions.to(hidden_states.dtype))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(temb)
+        attention = self.attn(modulate(self.norm1(hidden_states), shift1, scale1))
+        hidden_states = hidden_states + gate1.unsqueeze(1) * attention
+        mlp = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
+        return hidden_states + gate2.unsqueeze(1) * mlp
+
+
+class DownSample(nn.Module):
+    """2x2 merge with token-information enhancement, masks and position supplement: (B, N, C) -> (B, N / 4, C')."""
+
+    pos_embed: Tensor
+
+    def __init__(self, dim_in: int, dim_out: int, cond_dim: int, grid: Grid, index: int, is_skip: bool) -> None:
+        super().__init__()
+        self.grid, self.index, self.is_skip = grid, index, is_skip
+        self.norm = AdaLayerNorm(cond_dim, 4 * dim_in, zero_init=False)
+        self.reduction = nn.Linear(4 * dim_in, dim_out, bias=False)
+        nn.init.xavier_uniform_(self.reduction.weight)
+        self.register_buffer("pos_embed", sincos_position_table(dim_out, grid[0] // 2, grid[1] // 2))
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, skips: Skips) -> Tensor:
+        channels = hidden_states.shape[-1]
+        hidden_states = self.norm(merge_2x2(hidden_states, self.grid), temb)  # (B, N / 4, 4 C)
+        if skips.masks is not None:
+            # A hidden token loses its own quarter of the merged vector; the norm and the long skip have seen it.
+            keep = merge_2x2(skips.masks.down[self.index].unsqueeze(-1), self.grid)  # (B, N / 4, 4)
+            hidden_states = hidden_states * keep.to(hidden_states.dtype).repeat_interleave(channels, dim=-1)
+        hidden_states = self.reduction(hidden_states) + self.pos_embed
+        if self.is_skip:
+            skips.push(hidden_states)
+        return hidden_states
+
+
+class UpSample(nn.Module):
+    """2x2 split, then fusion with the long skip: (B, N, C) -> (B, 4 N, C')."""
+
+    pos_embed: Tensor
+
+    def __init__(self, dim_in: int, dim_out: int, dim_skip: int, cond_dim: int, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.expand = nn.Linear(dim_in, 4 * dim_out, bias=False)
+        self.norm = AdaLayerNorm(cond_dim, dim_out + dim_skip, zero_init=False)
+        self.fuse = nn.Linear(dim_out + dim_skip, dim_out)
+        nn.init.xavier_uniform_(self.expand.weight)
+        nn.init.xavier_uniform_(self.fuse.weight)
+        nn.init.zeros_(self.fuse.bias)
+        self.register_buffer("pos_embed", sincos_position_table(dim_out, grid[0] * 2, grid[1] * 2))
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, skips: Skips) -> Tensor:
+        hidden_states = split_2x2(self.expand(hidden_states), self.grid)
+        hidden_states = torch.cat([hidden_states, skips.pop()], dim=-1)
+        return self.fuse(self.norm(hidden_states, temb)) + self.pos_embed
+
+
+for _block in (EDTBlock, DownSample, UpSample):
+    TransformerBlockRegistry.register(
+        _block,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),  # pyright: ignore[reportArgumentType]
+    )
+
+
+class EDTTransformer2DModel(
+    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, ModulatedAttentionMixin
+):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Class-conditional (or unconditional) denoiser.
+
+    Args:
+        sample_size: side, or (height, width), of the input in latent cells or pixels.
+        patch_size: side of a patch; sample_size / patch_size must be divisible by 2 per down-sampling module.
+        in_channels: channels of the input.
+        num_classes: class count; label `num_classes` is the null label. None makes an unconditional model.
+        learn_sigma: predict the variance too (2 x in_channels outputs).
+        depths: transformer blocks per stage, an odd number of stages.
+        dims: channels per stage, multiples of 4.
+        num_heads: attention heads per stage.
+        mlp_ratio: hidden over outer width of the MLPs.
+        stage0_mask_block: the block of stage 0 before which `TokenMasks.stage0` acts; None means the authors'
+            (the fifth), or the last where stage 0 is shorter.
+        attention_modulation: stored setting of AMM; change it with `set_attention_modulation`.
+
+    Raises:
+        ValueError: for any combination above that cannot be built, naming the value and the remedy.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["EDTBlock", "DownSample", "UpSample"]  # noqa: RUF012
+    _repeated_blocks = ["EDTBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "norm", "position_bias"]  # noqa: RUF012
+
+    amm_presets = AMM_PRESETS
+    config: Any  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+    pos_embed: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_classes: int | None = 1000,
+        learn_sigma: bool = True,
+        depths: Sequence[int] = SIZES["S"]["depths"],
+        dims: Sequence[int] = SIZES["S"]["dims"],
+        num_heads: Sequence[int] = SIZES["S"]["num_heads"],
+        mlp_ratio: float = 4.0,
+        stage0_mask_block: int | None = None,
+        attention_modulation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.grids = _check_layout(sample_size, patch_size, in_channels, num_classes, depths, dims, num_heads)
+        if stage0_mask_block is None:
+            stage0_mask_block = min(4, depths[0] - 1)
+        elif not 0 <= stage0_mask_block < depths[0]:
+            raise ValueError(f"stage0_mask_block={stage0_mask_block}: stage 0 has blocks 0 to {depths[0] - 1}")
+        width = dims[0]
+        stages, downs = len(depths), len(depths) // 2
+        self.null_label = num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+
+        self.patch_embed = PatchEmbed(patch_size, in_channels, width)
+        self.register_buffer("pos_embed", sincos_position_table(width, *self.grids[0]))
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_embedder = TimestepEmbedding(256, width)
+        for linear in (self.timestep_embedder.linear_1, self.timestep_embedder.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.class_embedder = None if num_classes is None else nn.Embedding(num_classes + 1, width)
+        if self.class_embedder is not None:
+            nn.init.normal_(self.class_embedder.weight, std=0.02)
+
+        blocks: list[nn.Module] = []
+        bias_budget = KEPT_BIAS_BYTES
+        for stage in range(stages):
+            dim, grid = dims[stage], self.grids[stage]
+            if stage > downs:
+                skip_dim = dims[stages - 1 - stage]
+                blocks.append(UpSample(dims[stage - 1], dim, skip_dim, width, self.grids[stage - 1]))
+            for block in range(depths[stage]):
+                bias_budget -= 4 * num_heads[stage] * (grid[0] * grid[1]) ** 2
+                masked = stage == 0 and block == stage0_mask_block
+                blocks.append(EDTBlock(dim, num_heads[stage], width, grid, mlp_ratio, bias_budget >= 0, masked))
+            if stage < downs:
+                blocks.append(DownSample(dim, dims[stage + 1], width, grid, stage, is_skip=stage + 1 < downs))
+        self.blocks = nn.ModuleList(blocks)
+
+        self.norm_out = AdaLayerNorm(width, dims[-1], zero_init=True)
+        self.proj_out = nn.Linear(dims[-1], patch_size**2 * self.out_channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+        self.gradient_checkpointing = False
+        if attention_modulation is not None:
+            self._set_modulation(AttentionModulation.from_config(attention_modulation))
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "EDTTransformer2DModel":
+        """Build the published size "S", "B" or "XL" (also "EDT-S/2" and the like); any argument can be overridden.
+
+        Raises:
+            ValueError: for an unknown size, listing the known ones.
+        """
+        name = size.removeprefix("EDT-").removesuffix("/2")
+        return cls(**{**lookup(SIZES, name, "EDT size"), **overrides})
+
+    @property
+    def mask_grids(self) -> tuple[Grid, ...]:
+        """(height, width) of the token grid at the input of each down-sampling module."""
+        return tuple(self.grids[: len(self.config.depths) // 2])
+
+    def attention_layers(self) -> list[tuple[GridAttention, Grid]]:
+        stage_grids = [grid for grid, depth in zip(self.grids, self.config.depths, strict=True) for _ in range(depth)]
+        attentions = [block.attn for block in self.blocks if isinstance(block, EDTBlock)]
+        return list(zip(attentions, stage_grids, strict=True))
+
+    def _preset_key(self) -> tuple[tuple[int, ...], int, Grid]:
+        return tuple(self.config.depths), self.config.dims[0], self.grids[0]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        token_masks: TokenMasks | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict noise (and variance).
+
+        Args:
+            hidden_states: (B, in_channels, H, W), the noisy input.
+            timestep: (B,), or one number for all; the original index in 0 ... num_train_timesteps - 1.
+            class_labels: (B,) int64 in 0 ... num_classes (num_classes = null label); None for unconditional models.
+            token_masks: acts whenever given.
+            return_dict: False returns a tuple.
+
+        Returns:
+            The prediction, (B, out_channels, H, W): noise first, then the variance interpolation.
+
+        Raises:
+            ValueError: if shapes or labels do not fit the model.
+        """
+        self._check_inputs(hidden_states, class_labels)
+        batch = hidden_states.shape[0]
+        if token_masks is not None:
+            token_masks.check(batch, self.mask_grids)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        # The sinusoid is computed in float32 and only then cast, so that half-precision models run.
+        temb = self.timestep_embedder(self.time_proj(timestep).to(hidden_states.dtype))  # (B, D)
+        if self.class_embedder is not None:
+            temb = temb + self.class_embedder(class_labels)
+
+        hidden_states = self.patch_embed(hidden_states) + self.pos_embed  # (B, N, D)
+        skips = Skips(self.pos_embed, token_masks)
+        if len(self.grids) > 1:
+            skips.push(hidden_states)
+        for block in self.blocks:
+            # Only blocks that leave the skips alone may be recomputed.
+            if torch.is_grad_enabled() and self.gradient_checkpointing and isinstance(block, EDTBlock):
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, skips)
+            else:
+                hidden_states = block(hidden_states, temb, skips)
+        output = self.proj_out(self.norm_out(hidden_states, temb))
+        sample = unpatchify(output, self.config.patch_size, self.grids[-1], self.out_channels)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def multiply_adds(self) -> dict[str, int]:
+        """Multiply-adds of one forward pass of one image by component, counted as the paper's "FLOPs"."""
+        config = self.config
+        width, patch, dims = config.dims[0], config.patch_size, config.dims
+        tokens = [height * wide for height, wide in self.grids]
+        stages, downs = len(dims), len(dims) // 2
+        count = {
+            "patch embedding": flops.patch_embedding(tokens[0], patch, config.in_channels, width),
+            "timestep embedding": flops.timestep_embedding(width),
+        }
+        for stage in range(stages):
+            if stage > downs:
+                count[f"up {stage - downs - 1}"] = flops.up_sample(
+                    tokens[stage - 1], dims[stage - 1], dims[stage], dims[stages - 1 - stage], width
+                )
+            block = flops.transformer_block(tokens[stage], dims[stage], width, config.mlp_ratio)
+            count[f"stage {stage}"] = config.depths[stage] * sum(block.values())
+            if stage < downs:
+                count[f"down {stage}"] = flops.down_sample(tokens[stage], dims[stage], dims[stage + 1], width)
+        count["final layer"] = flops.final_layer(tokens[-1], dims[-1], width, patch, self.out_channels)
+        return count
+
+    def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None) -> None:
+        patch, channels, classes = self.config.patch_size, self.config.in_channels, self.config.num_classes
+        expected = (channels, self.grids[0][0] * patch, self.grids[0][1] * patch)
+        if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"input of shape {tuple(hidden_states.shape)}: this model takes (batch, {expected[0]}, {expected[1]}, "
+                f"{expected[2]}); build it with another sample_size or in_channels for other inputs"
+            )
+        if (class_labels is None) != (classes is None):
+            problem = "needs class_labels" if class_labels is None else "is unconditional and takes no class_labels"
+            raise ValueError(f"this model {problem} (num_classes={classes})")
+        # On an accelerator the check would wait for the device in every forward.
+        if class_labels is not None and class_labels.device.type == "cpu" and class_labels.numel():
+            low, high = int(class_labels.min()), int(class_labels.max())
+            if low < 0 or high > classes:
+                raise ValueError(f"class label {low if low < 0 else high}: expected 0 to {classes} ({classes} = no class)")
+
+
+def _check_layout(
+    sample_size: int | Sequence[int],
+    patch_size: int,
+    in_channels: int,
+    num_classes: int | None,
+    depths: Sequence[int],
+    dims: Sequence[int],
+    num_heads: Sequence[int],
+) -> list[Grid]:
+    """Validate the arguments of the model and return the token grid of each stage."""
+    size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"sample_size={sample_size!r}: expected a positive integer or (height, width)")
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(f"patch_size={patch_size!r}: expected a positive integer")
+    if not isinstance(in_channels, int) or in_channels < 1:
+        raise ValueError(f"in_channels={in_channels!r}: expected a positive integer")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ValueError(f"num_classes={num_classes!r}: expected a positive integer, or None for an unconditional model")
+    if not len(depths) == len(dims) == len(num_heads) or len(depths) % 2 == 0:
+        raise ValueError(
+            f"depths, dims and num_heads have {len(depths)}, {len(dims)} and {len(num_heads)} entries: expected the "
+            "same odd number of stages (five in the paper)"
+        )
+    for stage, (depth, dim, heads) in enumerate(zip(depths, dims, num_heads, strict=True)):
+        if depth < 1 or heads < 1 or dim % 4 or dim % heads:
+            raise ValueError(
+                f"stage {stage} has depth {depth}, width {dim}, {heads} heads: expected at least one block and a width "
+                "that 4 and the number of heads divide"
+            )
+    downs = len(depths) // 2
+    multiple = patch_size * 2**downs
+    if any(n % multiple for n in size):
+        raise ValueError(
+            f"sample_size={sample_size!r} cannot be divided by {multiple} (patch size {patch_size} times 2 for each of "
+            f"{downs} down-samplings): use {' x '.join(str(max(multiple, round(n / multiple) * multiple)) for n in size)}"
+        )
+    first = (size[0] // patch_size, size[1] // patch_size)
+    levels = [*range(downs + 1), *range(downs - 1, -1, -1)]
+    return [(first[0] >> level, first[1] >> level) for level in levels]

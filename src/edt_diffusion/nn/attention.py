@@ -1,0 +1,186 @@
+"""Self-attention over a token grid, with relative-position bias and an optional Attention Modulation Matrix.
+
+Two forms compute the same function:
+
+* plain blocks call diffusers' `dispatch_attention_fn` (SDPA by default, `set_attention_backend` chooses another);
+* blocks with AMM use explicit attention, because AMM multiplies the probabilities after the softmax and renormalises
+  nothing, which no fused kernel offers: out_i = sum_j softmax_j(q_i k_j / sqrt(d) + B_ij) M_ij v_j.
+"""
+
+from typing import cast
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+
+def relative_position_index(height: int, width: int) -> Tensor:
+    """Row of the bias table for each (query, key) pair of an (height, width) grid.
+
+    (dy + h - 1) (2 w - 1) + dx + w - 1, with dy, dx = query position minus key position.
+
+    Returns:
+        int64 tensor of shape (N, N), N = height * width, tokens in row-major order.
+    """
+    row = torch.arange(height).repeat_interleave(width)
+    column = torch.arange(width).repeat(height)
+    dy = row[:, None] - row[None, :] + height - 1
+    dx = column[:, None] - column[None, :] + width - 1
+    return dy * (2 * width - 1) + dx
+
+
+class RelativePositionBias(nn.Module):
+    """Learned bias per head and per relative position (Swin, arXiv 2103.14030).
+
+    In eval mode, when no gradient is wanted, the gathered (1, heads, N, N) tensor is kept; it is rebuilt after any
+    change of the table's values, dtype or device.
+
+    Args:
+        height, width: the token grid.
+        heads: number of attention heads.
+        keep_gathered: whether the gathered tensor may be kept; the model says no to blocks beyond its memory budget.
+    """
+
+    index: Tensor
+
+    def __init__(self, height: int, width: int, heads: int, keep_gathered: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.tokens = height * width
+        self.keep_gathered = keep_gathered
+        self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), heads))
+        nn.init.trunc_normal_(self.table, std=0.02, a=-2.0, b=2.0)
+        self.register_buffer("index", relative_position_index(height, width).flatten(), persistent=False)
+        self._kept: Tensor | None = None
+        self._kept_for: tuple | None = None
+        self._kept_table: Tensor | None = None
+
+    def gather(self) -> Tensor:
+        """The bias as (1, heads, N, N), differentiable in the table."""
+        # index_select, not advanced indexing: the latter's backward sums in an order that varies with threads.
+        rows = self.table.index_select(0, self.index)  # (N * N, heads)
+        return rows.view(self.tokens, self.tokens, self.heads).permute(2, 0, 1).unsqueeze(0)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        wants_grad = torch.is_grad_enabled() and self.table.requires_grad
+        if self.training or wants_grad or not self.keep_gathered or torch.compiler.is_compiling():
+            return self.gather().to(dtype)
+        table = self.table.detach()
+        key = (table.data_ptr(), self.table._version, table.dtype, table.device, dtype)
+        # `.data.copy_()` changes values without a version bump; on the CPU a comparison of the small table is cheap.
+        stale = key != self._kept_for or (table.device.type == "cpu" and not torch.equal(table, self._kept_table))  # pyright: ignore[reportArgumentType]
+        if stale:
+            self._kept = self.gather().to(dtype).contiguous()
+            self._kept_for = key
+            self._kept_table = table.clone() if table.device.type == "cpu" else None
+        return cast(Tensor, self._kept)
+
+    def train(self, mode: bool = True) -> "RelativePositionBias":
+        if mode:
+            self._kept = self._kept_for = self._kept_table = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.update(_kept=None, _kept_for=None, _kept_table=None)
+        return state
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, modulation: Tensor | None) -> Tensor:
+    """Attention written out; the reference of every faster form, and the differentiable form with AMM.
+
+    Args:
+        query, key, value: (B, N, heads, d).
+        bias: (1, heads, N, N), added to the scaled scores.
+        modulation: (N, N) multiplied on the probabilities, or None.
+
+    Returns:
+        (B, N, heads, d).
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+    probabilities = scores.softmax(dim=-1)
+    if modulation is not None:
+        probabilities = probabilities * modulation.to(probabilities.dtype)
+    return (probabilities @ value).transpose(1, 2)
+
+
+def modulated_attention_in_place(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, modulation: Tensor) -> Tensor:
+    """Same function as `explicit_attention` with AMM, one image at a time in one score buffer; for inference only."""
+    batch, tokens, heads, width = query.shape
+    scale = width**-0.5
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
+    out = torch.empty(batch, tokens, heads, width, dtype=value.dtype, device=value.device)
+    modulation = modulation.to(query.dtype)
+    scores = torch.empty(heads, tokens, tokens, dtype=query.dtype, device=query.device)
+    for image in range(batch):
+        torch.baddbmm(bias[0], query[image], key[image].transpose(-2, -1), alpha=scale, out=scores)
+        torch.softmax(scores, dim=-1, out=scores)
+        scores.mul_(modulation)
+        out[image] = torch.bmm(scores, value[image]).transpose(0, 1)
+    return out
+
+
+class GridAttnProcessor:
+    """Computes `GridAttention`; holds the back end chosen by `set_attention_backend` (None = the process default)."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "GridAttention", hidden_states: Tensor) -> Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, N, heads, d)
+        bias = attn.position_bias(query.dtype)
+        modulation = attn.modulation if attn.modulation_enabled else None
+        if modulation is None:
+            out = dispatch_attention_fn(query, key, value, attn_mask=bias, backend=self._attention_backend)
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+            out = explicit_attention(query, key, value, bias, modulation)
+        else:
+            out = modulated_attention_in_place(query, key, value, bias, modulation)
+        return attn.to_out[0](out.flatten(2))
+
+
+class GridAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention on an (height, width) grid: (B, N, dim) -> (B, N, dim).
+
+    Separate q, k, v projections carry the names that diffusers' hooks, peft and torchao expect.
+
+    Args:
+        dim: channels, divisible by `heads`.
+        heads: attention heads.
+        grid: (height, width) of the tokens.
+        keep_bias: see `RelativePositionBias`.
+    """
+
+    _default_processor_cls = GridAttnProcessor
+    _available_processors = [GridAttnProcessor]  # noqa: RUF012  (diffusers' contract)
+    is_cross_attention = False
+
+    modulation: Tensor | None
+
+    def __init__(self, dim: int, heads: int, grid: tuple[int, int], keep_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.use_bias = True
+        self.modulation_enabled = True
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.position_bias = RelativePositionBias(*grid, heads, keep_gathered=keep_bias)
+        self.register_buffer("modulation", None, persistent=False)
+        for linear in (self.to_q, self.to_k, self.to_v):
+            # Xavier on the joint (3 dim, dim) matrix of the authors: a gain of sqrt(1/2) on each (dim, dim) third.
+            nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
+            nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(self.to_out[0].weight)  # pyright: ignore[reportArgumentType]
+        nn.init.zeros_(self.to_out[0].bias)  # pyright: ignore[reportArgumentType]
+        self.set_processor(GridAttnProcessor())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.processor(self, hidden_states)

@@ -1,0 +1,52 @@
+"""Position, patch and label embeddings."""
+
+import torch
+from torch import Tensor, nn
+
+
+def sincos_position_table(dim: int, height: int, width: int) -> Tensor:
+    """Two-dimensional sine-cosine position table (MAE / DiT convention).
+
+    With q = dim / 4 and omega_k = 10000^(-k / q), the token at (row r, column c) is
+    [sin(c omega), cos(c omega), sin(r omega), cos(r omega)]: the column fills the first half. Positions are raw cell
+    indices at every resolution.
+
+    Returns:
+        float32 tensor of shape (1, height * width, dim), computed in float64.
+
+    Raises:
+        ValueError: if `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"width {dim} cannot hold a 2-D sine-cosine table: it must be a multiple of 4")
+    quarter = dim // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def axis(positions: Tensor) -> Tensor:
+        angle = positions[:, None] * omega[None, :]
+        return torch.cat([angle.sin(), angle.cos()], dim=1)  # (n, dim / 2)
+
+    columns = axis(torch.arange(width, dtype=torch.float64)).repeat(height, 1)
+    rows = axis(torch.arange(height, dtype=torch.float64)).repeat_interleave(width, dim=0)
+    return torch.cat([columns, rows], dim=1).float().unsqueeze(0)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens: (B, C, H, W) -> (B, (H / p) * (W / p), dim), row-major."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
+        nn.init.zeros_(self.proj.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, grid: tuple[int, int], channels: int) -> Tensor:
+    """Tokens (B, N, p * p * channels), channel fastest within a patch, to an image (B, channels, h * p, w * p)."""
+    height, width = grid
+    patches = tokens.reshape(-1, height, width, patch_size, patch_size, channels)
+    image = patches.permute(0, 5, 1, 3, 2, 4)  # B, channels, h, p, w, p
+    return image.reshape(-1, channels, height * patch_size, width * patch_size)

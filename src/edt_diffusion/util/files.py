@@ -1,0 +1,134 @@
+"""Files that are either the old ones or the new ones, whole, whenever the machine stops.
+
+The new content is written beside the target under a hidden temporary name, flushed to the disk, and renamed onto the
+target, which POSIX and NTFS do in one step; then the folder's own entry is flushed. A process that is killed leaves
+at worst a `.<name>.<random>.tmp` behind, never half a file under the real name.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, replacing a file that is there, in one step.
+
+    Args:
+        path: the target; its folder must exist.
+        data: the whole content.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; the old file is then untouched.
+    """
+    target = Path(path)
+    temporary = _temporary_sibling(target)
+    try:
+        # "x" and not `tempfile`: the file gets the user's umask, where tempfile would leave it private for ever.
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8 with its line ends unchanged; otherwise as `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` to `path` as indented UTF-8 JSON ending in a newline; otherwise as `atomic_write_bytes`.
+
+    Raises:
+        TypeError: `value` holds something JSON has no form for; nothing is written.
+        ValueError: `value` holds NaN or an infinity, which are not JSON; nothing is written.
+    """
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when it is complete.
+
+    Yields an empty folder beside `path`. When the block ends, every file in it is flushed to the disk and the folder
+    is renamed to `path`; when the block raises, it is removed.
+
+    Args:
+        path: the folder to make; its parent must exist.
+        replace: put the new folder in the place of an existing one. A non-empty folder cannot be replaced in one
+            step: the old one is renamed out of the way first, so a crash in between the two renames leaves both,
+            complete, under hidden names beside `path`.
+
+    Raises:
+        FileExistsError: `path` exists and `replace` is False (raised before the block runs).
+    """
+    target = Path(path)
+    if os.path.lexists(target) and not replace:
+        raise FileExistsError(f"{str(target)!r} exists already")
+    temporary = _temporary_sibling(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _move_into_place(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content as 64 lower-case hexadecimal digits, reading it in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary_sibling(target: Path) -> Path:
+    """A name in the same folder (a rename across file systems would be a copy), hidden, and used by nobody else."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    if not os.path.lexists(target):
+        os.rename(temporary, target)
+        return
+    old = _temporary_sibling(target)
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(folder))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names: without it a rename may be lost when the power fails."""
+    if os.name == "nt":  # Windows cannot open a folder, and writes renames through by itself
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
