@@ -1,0 +1,63 @@
+"""Settings of optimizer and EMA (`optimizer:` and `ema:` in a configuration), and how they become objects."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..util.lookup import lookup
+from .optim import LR_SCHEDULES, OPTIMIZERS, build_optimizer, learning_rate
+
+
+class OptimizerConfig(BaseModel):
+    """Optimizer and learning rate; the defaults are the authors' for S and B (XL starts at 5e-4).
+
+    `decay_steps: null` means the number of training steps.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = "adan"
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, ...] | None = None
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: str = "paper"
+    final_lr: float = Field(5e-5, ge=0)
+    decay_steps: int | None = Field(400_000, ge=1)
+    warmup_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _known(self) -> "OptimizerConfig":
+        lookup(OPTIMIZERS, self.name, "optimizer")
+        lookup(LR_SCHEDULES, self.schedule, "learning-rate schedule")
+        wanted = {"adan": 3, "adamw": 2}[self.name]
+        if self.betas is not None and len(self.betas) != wanted:
+            raise ValueError(f"{self.name} takes {wanted} betas, {len(self.betas)} were given")
+        return self
+
+    def make(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """Build the optimizer over `params`."""
+        extra = {} if self.betas is None else {"betas": self.betas}
+        return build_optimizer(self.name, params, self.lr, eps=self.eps, weight_decay=self.weight_decay, **extra)
+
+    def rate(self, steps: int) -> Callable[[int], float]:
+        """Learning rate as a function of the updates made, in a run of `steps` updates."""
+        return partial(
+            learning_rate,
+            schedule=self.schedule,
+            base_lr=self.lr,
+            final_lr=self.final_lr,
+            decay_steps=self.decay_steps or steps,
+            warmup_steps=self.warmup_steps,
+        )
+
+
+class EMAConfig(BaseModel):
+    """Decay of the averaged weights; with `warmup`, short runs forget their random start."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    warmup: bool = True
