@@ -1,0 +1,275 @@
+"""Configuration becomes objects, here and nowhere else. Read it from top to bottom to see how data flow."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+
+from .config import RunConfig, SamplesConfig, differences, load_config, parse_config, to_yaml
+from .data import ImageDataset, open_images, require_classes, training_loader
+from .models import BACKBONES
+from .objectives.config import build_objective
+from .pipelines import ClassConditionalPipeline, make_scheduler
+from .training.ema import EMA
+from .training.trainer import Trainer
+from .util.errors import UserError
+from .util.files import atomic_directory, atomic_write_text
+from .util.lookup import lookup
+from .util.pictures import grid
+from .util.rng import image_seed
+
+# Settings that do not change what is trained: the length of the run, how often it saves and tells.
+_HARMLESS = (
+    "train.steps:", "train.log_every:", "train.save_every:", "train.sample_every:", "train.keep_checkpoints:",
+    "samples.", "data.workers:", "data.cache:",
+)  # fmt: skip
+
+
+def open_data(config: RunConfig) -> ImageDataset:
+    """The pictures a configuration names."""
+    data = config.data
+    if data.path is None:
+        raise UserError("no pictures given: use --data PATH, or set data.path in the configuration")
+    return open_images(
+        data.path,
+        size=data.size,
+        channels=data.channels,
+        crop=data.crop,
+        cache=data.cache,
+        label_column=data.label_column,
+        image_column=data.image_column,
+        limit=data.limit,
+    )
+
+
+def complete(config: RunConfig, dataset: ImageDataset) -> RunConfig:
+    """Fill in what the pictures decide about the model, and refuse what contradicts them."""
+    model = dict(config.model)
+    height, width = dataset.size
+    told: dict[str, Any] = {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": dataset.channels,
+    }
+    if model.get("num_classes", 0) is not None:
+        require_classes(dataset)
+        told["num_classes"] = len(dataset.class_names or [])
+    for name, value in told.items():
+        if model.setdefault(name, value) != value:
+            raise UserError(f"model.{name}={model[name]} does not fit the pictures, which need {value}: leave it out")
+    return parse_config({**config.model_dump(mode="json"), "model": model})
+
+
+def build_model(config: RunConfig) -> Any:
+    """The untrained network; its weights depend on `config.seed` only."""
+    arguments = {name: value for name, value in config.model.items() if name not in ("name", "size")}
+    backbone = lookup(BACKBONES, config.model.get("name", "EDT"), "model")
+    set_seed(config.seed)
+    try:
+        if size := config.model.get("size"):
+            return backbone.from_size(size, **arguments)
+        return backbone(**arguments)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the model cannot be built: {error}") from None
+
+
+def build_pipeline(model: Any, class_names: list[str] | None) -> ClassConditionalPipeline:
+    """The pipeline around a pixel-space model, with the scheduler of its training process."""
+    scheduler = make_scheduler("ddpm", learned_variance=model.config.learn_sigma)
+    pipeline = ClassConditionalPipeline(model, scheduler, class_names=class_names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_classes(
+    pipeline: ClassConditionalPipeline, settings: SamplesConfig, attention_modulation: bool = False
+) -> tuple[np.ndarray, list[str]]:
+    """`per_class` pictures of the first classes from fixed seeds: uint8 (N, H, W, C), and the names of the rows."""
+    classes = pipeline.transformer.config.num_classes
+    rows = min(classes or 1, settings.max_classes)
+    labels = [row for row in range(rows) for _ in range(settings.per_class)]
+    seeds = [image_seed(settings.seed, index) for index in range(len(labels))]
+    model = pipeline.transformer
+    with model.suspend_attention_modulation() if not attention_modulation else nullcontext():
+        images = pipeline(
+            labels if classes else None,
+            guidance_scale=settings.guidance_scale if classes else 1.0,
+            num_inference_steps=settings.num_inference_steps,
+            scheduler=settings.scheduler,
+            seeds=seeds,
+            output_type="uint8",
+        ).images  # pyright: ignore[reportAttributeAccessIssue]
+    names = pipeline.class_names or [str(row) for row in range(rows)]
+    return images, names[:rows] if classes else []
+
+
+def build_trainer(
+    config: RunConfig,
+    folder: Path,
+    dataset: ImageDataset | None = None,
+    *,
+    quiet: bool = False,
+    allow_changes: bool = False,
+    callbacks: Callable[[ClassConditionalPipeline], list[tuple[int, Any]]] | None = None,
+) -> Trainer:
+    """Everything `edt train` needs, from the pictures to the loop.
+
+    Args:
+        config: the run's settings.
+        folder: the run folder; made if absent. If it holds a run, its settings must be the same.
+        dataset: pictures already opened; by default those of `config.data`.
+        quiet: no progress on the terminal.
+        allow_changes: go on with other settings than those the run began with.
+        callbacks: given the pipeline, returns further (every, callback) pairs.
+
+    Raises:
+        UserError: for anything the user can put right; nothing has been written then.
+    """
+    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.mixed_precision=fp16 needs a GPU (it is a hundred times slower on a CPU): use bf16 or no")
+    dataset = dataset or open_data(config)
+    config = complete(config, dataset)
+    model = build_model(config)
+    class_names = dataset.class_names if model.config.num_classes is not None else None
+    pipeline = build_pipeline(model, class_names)
+    objective = build_objective(config.objective, model.config.learn_sigma)
+    if objective.mask_plan is not None and len(objective.mask_plan.down) != len(model.mask_grids):
+        raise UserError(
+            f"objective.masks.down has {len(objective.mask_plan.down)} ranges, the model {len(model.mask_grids)} "
+            "down-samplings: give one (low, high) each"
+        )
+    _write_config(config, folder, allow_changes)
+
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[ddp])
+
+    def make_loader(start_step: int) -> Iterator[dict[str, Any]]:
+        return training_loader(
+            dataset,
+            seed=config.seed,
+            global_batch=config.train.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            start_step=start_step,
+            micro_batches=config.train.micro_batches,
+            flip=config.data.flip,
+            workers=config.data.workers,
+        )  # pyright: ignore[reportReturnType]
+
+    def export() -> None:
+        with atomic_directory(folder / "model", replace=True) as target:
+            pipeline.save_pretrained(target)
+
+    def sample(step: int) -> None:
+        images, names = sample_classes(pipeline, config.samples)
+        (folder / "samples").mkdir(exist_ok=True)
+        grid(images, config.samples.per_class, names).save(folder / "samples" / f"step-{step:08d}.png")
+
+    return Trainer(
+        folder=folder,
+        config=config.train,
+        seed=config.seed,
+        accelerator=accelerator,
+        model=model,
+        objective=objective,
+        make_optimizer=config.optimizer.make,
+        learning_rate=config.optimizer.rate(config.train.steps),
+        make_ema=lambda network: EMA(network, config.ema.decay, config.ema.warmup),
+        make_loader=make_loader,
+        export=export,
+        callbacks=[(config.train.sample_every, sample), *(callbacks(pipeline) if callbacks else [])],
+        quiet=quiet,
+    )
+
+
+def _write_config(config: RunConfig, folder: Path, allow_changes: bool) -> None:
+    """Keep the settings with the run, and refuse to go on with others than it began with."""
+    path = folder / "config.yaml"
+    if path.is_file() and (folder / "checkpoints").is_dir():
+        changed = [line for line in differences(load_config(path), config) if not line.startswith(_HARMLESS)]
+        if changed and not allow_changes:
+            raise UserError(
+                f"{folder} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}): "
+                "choose another --out, or go on all the same with --allow-changes"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, to_yaml(config))
+
+
+def load_pipeline(source: str | Path) -> ClassConditionalPipeline:
+    """The pipeline in a run folder, diffusers folder, or under a hub name.
+
+    Raises:
+        UserError: if there is none, or it is damaged or of a kind unknown here.
+    """
+    path = Path(source)
+    if path.exists():
+        inner = path / "model" if (path / "model" / "model_index.json").is_file() else path
+        if not (inner / "model_index.json").is_file():
+            why = "its training has saved no model yet" if (path / "config.yaml").is_file() else "no model_index.json there"
+            raise UserError(f"{path} holds no model ({why}): expected a run folder or a diffusers folder")
+    elif path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+        raise UserError(f"{source} does not exist: expected a run folder, a diffusers folder, or a hub name user/model")
+    try:
+        pipeline = ClassConditionalPipeline.from_pretrained(source)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{source} cannot be loaded as an EDT pipeline ({reason})") from None
+    for name, tensor in pipeline.transformer.state_dict().items():
+        if tensor.device.type == "meta":
+            raise UserError(f"{source} lacks the weights {name}: the folder is incomplete")
+    return pipeline
+
+
+def named_model(name: str, image_size: str) -> Any | None:
+    """The untrained network of a published size such as "EDT-S/2", at an image size of 256 or "256x384" pixels.
+
+    Returns None if `name` does not name a published size.
+    """
+    family, dash, size = name.partition("-")
+    if not dash or family not in BACKBONES or Path(name).exists():
+        return None
+    try:
+        sides = [int(side) for side in image_size.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or any(side < 8 or side % 8 for side in sides):
+        raise UserError(f"image size {image_size!r}: expected pixels in multiples of 8, as 256 or 256x384")
+    sample_size = [side // 8 for side in (sides * 2)[:2]]
+    try:
+        with torch.device("meta"):
+            return BACKBONES[family].from_size(name, sample_size=sample_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def describe(model: Any, guidance_scale: float = 1.0) -> dict[str, Any]:
+    """What `edt info` shows: parameters, multiply-adds, stages, grids and attention modulation, as plain values."""
+    config, count = model.config, model.multiply_adds()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tables = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("pos_embed"))
+    published = model.published_modulation(guidance_scale)
+    size = config.sample_size
+    return {
+        "sample_size": [size, size] if isinstance(size, int) else list(size),
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "num_classes": config.num_classes,
+        "learn_sigma": config.learn_sigma,
+        "parameters": {"total": trainable + tables, "trainable": trainable},
+        "multiply_adds": sum(count.values()),
+        "multiply_adds_by_part": count,
+        "stages": [
+            {"stage": i, "blocks": depth, "width": width, "heads": heads, "grid": list(grid),
+             "multiply_adds": count[f"stage {i}"]}
+            for i, (depth, width, heads, grid) in enumerate(
+                zip(config.depths, config.dims, config.num_heads, model.grids, strict=True)
+            )
+        ],
+        "amm": None if model.attention_modulation is None else model.attention_modulation.to_config(),
+        "amm_published": None if published is None else published.to_config(),
+    }  # fmt: skip

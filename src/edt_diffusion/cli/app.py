@@ -1,0 +1,44 @@
+"""The table of subcommands."""
+
+import typer
+
+from .convert import convert
+from .demo import demo
+from .info import info
+from .sample import sample
+from .train import train
+
+INTRODUCTION = """\
+edt: train, run and judge an image generator (EDT, the Efficient Diffusion Transformer) on your own labelled pictures.
+
+  edt demo                                   train on real digits and look at the result, in minutes
+  edt train small-32 --data pictures/        train on pictures, one sub-folder per class; run it again to resume
+  edt sample runs/small-32 --classes a,b     pictures of the classes you name
+  edt info EDT-S/2                           size, cost, token grids and attention modulation of a model
+  edt convert official.pt folder/            the authors' checkpoints as a diffusers folder
+
+Every command explains itself: edt COMMAND --help"""
+
+app = typer.Typer(
+    name="edt",
+    help="Train, run and judge an image generator (EDT, the Efficient Diffusion Transformer) on your own pictures.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    """Print what this is when called without a subcommand."""
+    if version:
+        from .. import __version__
+
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(INTRODUCTION)
+
+
+for _command in (demo, train, sample, info, convert):
+    app.command(epilog=(_command.__doc__ or "").partition("\n\n\n")[2] or None)(_command)

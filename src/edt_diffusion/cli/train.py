@@ -1,0 +1,56 @@
+"""`edt train`."""
+
+from pathlib import Path
+
+import typer
+
+from .output import finish
+
+
+def train(
+    arguments: list[str] = typer.Argument(
+        None, metavar="[CONFIG] [key.path=value]...", help="YAML file, preset or run folder; then settings to change."
+    ),
+    data: str = typer.Option(
+        None, "--data", help="Pictures: a folder with one sub-folder per class, a flat folder, or Parquet."
+    ),
+    out: Path = typer.Option(None, "--out", help="Run folder (default: runs/ and the name of the configuration)."),
+    resume: bool = typer.Option(False, "--resume", help="Insist on continuing: fail if there is no checkpoint."),
+    allow_changes: bool = typer.Option(False, "--allow-changes", help="Continue though settings have changed."),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress."),
+    as_json: bool = typer.Option(False, "--json", help="Print the outcome as JSON."),
+) -> None:
+    """Train a model on labelled pictures. To resume, run the same command again.
+
+    The run folder gets config.yaml, log.jsonl, tensorboard/, samples/, checkpoints/ and model/ (newest EMA weights as a
+    diffusers folder). Ctrl-C saves and stops.
+
+    Example: edt train small-32 --data pictures/ --out runs/mine train.steps=20000
+    """
+    from ..assemble import build_trainer
+    from ..config import load_config, presets
+    from ..training.state import CheckpointStore
+    from ..util.errors import UserError
+
+    given = list(arguments or [])
+    source = given.pop(0) if given and "=" not in given[0] else None
+    if stray := [argument for argument in given if "=" not in argument]:
+        raise UserError(f"unexpected argument {stray[0]!r}: after the configuration come settings, as key.path=value")
+    if source is None:
+        if out is None or not (out / "config.yaml").is_file():
+            raise UserError(f"no configuration given: name a YAML file or a preset ({', '.join(sorted(presets()))})")
+        source = str(out)
+    if (Path(source) / "config.yaml").is_file():
+        out = out or Path(source)
+        source = str(Path(source) / "config.yaml")
+    config = load_config(source, [*given, *([f"data.path={data}"] if data else [])])
+    folder = out or Path("runs") / Path(source).stem
+    if resume and not CheckpointStore(folder / "checkpoints").steps():
+        raise UserError(f"--resume: {folder} holds no checkpoint; leave the option out to start there")
+    trainer = build_trainer(config, folder, quiet=quiet, allow_changes=allow_changes)
+    finished = trainer.fit()
+    facts = {"folder": str(folder), "step": trainer.step, "seconds": round(trainer.seconds, 1), "finished": finished}
+    if finished:
+        finish(f"trained {trainer.step} steps; samples and model are in {folder}", facts, as_json)
+    else:
+        finish(f"stopped and saved at step {trainer.step}; run the same command again to go on", facts, as_json)

@@ -1,0 +1,12 @@
+"""Generation: the diffusers pipeline, guidance, and samplers by name."""
+
+from .class_conditional import ClassConditionalOutput, ClassConditionalPipeline
+from .schedulers import SCHEDULERS, RespacedDDIMScheduler, make_scheduler
+
+__all__ = [
+    "SCHEDULERS",
+    "ClassConditionalOutput",
+    "ClassConditionalPipeline",
+    "RespacedDDIMScheduler",
+    "make_scheduler",
+]

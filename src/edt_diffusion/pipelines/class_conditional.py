@@ -1,0 +1,219 @@
+"""The diffusers pipeline: class names in, pictures out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..data.codec import PixelCodec, VAECodec, to_uint8
+from ..util.errors import UserError
+from ..util.lookup import nearest
+from ..util.pictures import to_pil
+from ..util.rng import image_generators
+from .guidance import combine
+from .schedulers import default_steps, scheduler_like
+
+# "authors" guides the first three channels only, as the released DiT, MDT and EDT samplers do (on four-channel latents).
+GUIDANCE_CHANNELS: dict[str, int | None] = {"all": None, "authors": 3}
+
+
+@dataclass
+class ClassConditionalOutput(BaseOutput):
+    """Pictures and what made them.
+
+    Attributes:
+        images: list of PIL pictures; or an array / tensor, as `output_type` asked.
+        class_labels: one label per picture (None for unconditional models).
+        seeds: one seed per picture; the same seed, label and settings give the same picture.
+    """
+
+    images: Any
+    class_labels: list[int] | None
+    seeds: list[int]
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Samples pictures of wanted classes from a trained backbone.
+
+    Args:
+        transformer: the denoiser, for instance an `EDTTransformer2DModel`.
+        scheduler: a diffusers scheduler; see `pipelines.schedulers` for the names that calls may use instead.
+        vae: `AutoencoderKL` or `AutoencoderTiny` when the model works on latents, None when it works on pixels.
+        class_names: names of the classes, in label order.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012  (diffusers' contract)
+    transformer: Any
+    scheduler: Any
+    vae: Any
+
+    def __init__(
+        self, transformer: Any, scheduler: Any, vae: Any = None, class_names: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        classes = transformer.config.num_classes
+        if class_names is not None and classes is not None and len(class_names) != classes:
+            raise ValueError(f"{len(class_names)} class names for a model of {classes} classes: give one per class")
+        self.register_to_config(class_names=None if class_names is None else list(class_names))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ClassConditionalPipeline":
+        """Load a saved pipeline: a diffusers folder, a run folder of `edt train`, or a hub name."""
+        nested = Path(pretrained_model_name_or_path) / "model"
+        if (nested / "model_index.json").is_file():
+            pretrained_model_name_or_path = nested
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore[reportReturnType]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in label order, if they are known."""
+        return self.config["class_names"]
+
+    def resolve_labels(self, classes: Sequence[int | str] | Tensor | int | str | None) -> list[int] | None:
+        """Turn class names or numbers into labels.
+
+        Raises:
+            UserError: for a name or number that is no class of this model, with the nearest name.
+        """
+        count = self.transformer.config.num_classes
+        if classes is None or count is None:
+            if (classes is None) != (count is None):
+                raise UserError("this model is unconditional: give no classes" if count is None else
+                                f"say which classes to sample: this model has {count}")  # fmt: skip
+            return None
+        if isinstance(classes, Tensor):
+            classes = classes.tolist()
+        if isinstance(classes, int | str):
+            classes = [classes]
+        return [self._label(entry, count) for entry in classes]  # pyright: ignore[reportOptionalIterable]
+
+    def _label(self, entry: int | str, count: int) -> int:
+        names = self.class_names or []
+        if isinstance(entry, str) and entry in names:
+            return names.index(entry)
+        if isinstance(entry, str) and not entry.lstrip("-").isdigit():
+            guess = nearest(entry, names)
+            hint = f" (did you mean {guess!r}?)" if guess else ""
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else f"numbers 0 to {count - 1}"
+            raise UserError(f"unknown class {entry!r}: this model knows {known}{hint}")
+        label = int(entry)
+        if not 0 <= label < count:
+            raise UserError(f"class number {label}: this model has classes 0 to {count - 1}")
+        return label
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str] | Tensor | int | str | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        seeds: Sequence[int] | None = None,
+        scheduler: str | None = None,
+        guidance_channels: str = "all",
+        num_images: int | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ClassConditionalOutput | tuple[Any]:
+        """Sample one picture per entry of `class_labels`.
+
+        Args:
+            class_labels: class names or numbers, one per picture; None for unconditional models.
+            guidance_scale: 1 is off and costs one pass a step; larger values follow the class more closely.
+            num_inference_steps: None for the scheduler's usual number.
+            seeds: one integer per picture; None draws them at random (they are returned).
+            scheduler: "ddpm", "ddim", "dpm++"; None uses the pipeline's own.
+            guidance_channels: "all", or "authors" for the three-channel form of the released samplers.
+            num_images: number of pictures of an unconditional model (default: as many as seeds, or 1).
+            batch_size: pictures computed at once; None is all.
+            output_type: "pil", "uint8" (N, H, W, C), "np" (the same in [0, 1]), "pt" (N, C, H, W in [-1, 1]), or
+                "latent" (what the transformer produced).
+            return_dict: False returns the tuple (images,).
+
+        Raises:
+            UserError: for unknown classes, counts that differ, or an unknown option.
+        """
+        labels = self.resolve_labels(class_labels)
+        count = len(labels) if labels is not None else num_images or (len(seeds) if seeds is not None else 1)
+        if seeds is None:
+            seeds = torch.randint(2**31, (count,)).tolist()
+        if len(seeds) != count:
+            raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed per picture")
+        if guidance_channels not in GUIDANCE_CHANNELS:
+            raise UserError(f"guidance_channels={guidance_channels!r}: expected {' or '.join(GUIDANCE_CHANNELS)}")
+        if guidance_scale < 0:
+            raise UserError(f"guidance_scale={guidance_scale:g}: expected 0 or more (1 is off)")
+        if output_type not in ("pil", "uint8", "np", "pt", "latent"):
+            raise UserError(f"output_type={output_type!r}: expected pil, uint8, np, pt or latent")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise UserError(f"num_inference_steps={num_inference_steps}: expected at least 1")
+        sampler = self.scheduler if scheduler is None else scheduler_like(scheduler, self.scheduler, self._learns_sigma)
+        steps = default_steps(sampler) if num_inference_steps is None else num_inference_steps
+        batches = []
+        for start in range(0, count, batch_size or count):
+            part = slice(start, start + (batch_size or count))
+            part_labels = None if labels is None else labels[part]
+            batches.append(
+                self._sample(sampler, part_labels, list(seeds)[part], guidance_scale, guidance_channels, steps)
+            )
+        latents = torch.cat(batches)
+        images = latents if output_type == "latent" else self._finish(latents, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return ClassConditionalOutput(images=images, class_labels=labels, seeds=list(seeds))
+
+    @property
+    def _learns_sigma(self) -> bool:
+        return self.transformer.config.learn_sigma
+
+    def _sample(
+        self, scheduler: Any, labels: list[int] | None, seeds: list[int], scale: float, channels: str, steps: int
+    ) -> Tensor:
+        model, device = self.transformer, self._execution_device
+        size = model.config.sample_size
+        shape = (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        generators = image_generators(seeds)
+        # Drawn one by one in float32 on the CPU: a picture depends on its seed alone, not on its batch or the device.
+        sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        sample = (sample * scheduler.init_noise_sigma).to(device)
+        guided = scale != 1.0 and labels is not None
+        condition = None if labels is None else torch.tensor(labels, device=device)
+        if guided:
+            condition = torch.cat([condition, torch.full_like(condition, model.null_label)])  # pyright: ignore[reportArgumentType]
+        takes_variance = getattr(scheduler.config, "variance_type", None) == "learned_range"
+        noise_channels = shape[0]
+        guided_channels = min(GUIDANCE_CHANNELS[channels] or noise_channels, noise_channels)
+        scheduler.set_timesteps(steps, device=device)
+        for timestep in self.progress_bar(scheduler.timesteps):
+            batch = torch.cat([sample, sample]) if guided else sample
+            with model.cache_context("cond_uncond"):
+                output = model(
+                    hidden_states=batch.to(model.dtype), timestep=timestep, class_labels=condition, return_dict=False
+                )[0].float()
+            if guided:
+                output = combine(*output.chunk(2), scale, guided_channels)
+            if not takes_variance:
+                output = output[:, :noise_channels]
+            sample = scheduler.step(output, timestep, sample, generator=generators, return_dict=False)[0]
+        return sample
+
+    def _finish(self, latents: Tensor, output_type: str) -> Any:
+        codec = PixelCodec(latents.shape[1]) if self.vae is None else VAECodec(self.vae)
+        images = codec.decode(latents)
+        if output_type == "pt":
+            return images.clamp(-1, 1)
+        pixels = to_uint8(images)
+        if output_type == "uint8":
+            return pixels
+        if output_type == "np":
+            return pixels.astype(np.float32) / 255
+        return [to_pil(image) for image in pixels]
