@@ -14,7 +14,14 @@ _EXPORTS = {
     "TokenMasks": "models",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "ClassConditionalPipeline",
+    "EDTTransformer2DModel",
+    "MaskPlan",
+    "RespacedDDIMScheduler",
+    "TokenMasks",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from .models import EDTTransformer2DModel as EDTTransformer2DModel

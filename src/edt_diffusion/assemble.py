@@ -1,8 +1,10 @@
 """Configuration becomes objects, here and nowhere else. Read it from top to bottom to see how data flow."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,8 @@ from .pipelines import ClassConditionalPipeline, make_scheduler
 from .training.ema import EMA
 from .training.trainer import Trainer
 from .util.errors import UserError
-from .util.files import atomic_directory, atomic_write_text
-from .util.lookup import lookup
+from .util.files import atomic_directory, atomic_write_text, make_folder
+from .util.lookup import lookup, nearest
 from .util.pictures import grid
 from .util.rng import image_seed
 
@@ -73,13 +75,16 @@ def build_model(config: RunConfig) -> Any:
         if size := config.model.get("size"):
             return backbone.from_size(size, **arguments)
         return backbone(**arguments)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the model cannot be built: {error}") from None
+    except KeyError as error:
+        raise UserError(f"the model cannot be built: a setting of it lacks {error}") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        hint = "; sample_size is data.size" if str(error).startswith("sample_size") else ""
+        raise UserError(f"the model cannot be built: {error}{hint}") from None
 
 
-def build_pipeline(model: Any, class_names: list[str] | None) -> ClassConditionalPipeline:
-    """The pipeline around a pixel-space model, with the scheduler of its training process."""
-    scheduler = make_scheduler("ddpm", learned_variance=model.config.learn_sigma)
+def build_pipeline(model: Any, class_names: list[str] | None, pixels: bool) -> ClassConditionalPipeline:
+    """The pipeline around a model, with the scheduler of its training process; predictions of pixels are clamped."""
+    scheduler = make_scheduler("ddpm", learned_variance=model.config.learn_sigma, clip_sample=pixels)
     pipeline = ClassConditionalPipeline(model, scheduler, class_names=class_names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -116,7 +121,7 @@ def build_trainer(
     allow_changes: bool = False,
     callbacks: Callable[[ClassConditionalPipeline], list[tuple[int, Any]]] | None = None,
 ) -> Trainer:
-    """Everything `edt train` needs, from the pictures to the loop.
+    """Everything `edt train` needs, from the pictures to the loop, at the step that the folder's run has reached.
 
     Args:
         config: the run's settings.
@@ -130,19 +135,22 @@ def build_trainer(
         UserError: for anything the user can put right; nothing has been written then.
     """
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.mixed_precision=fp16 needs a GPU (it is a hundred times slower on a CPU): use bf16 or no")
+        raise UserError(
+            "train.mixed_precision=fp16 needs a GPU (it is a hundred times slower on a CPU): use bf16 or no"
+        )
     dataset = dataset or open_data(config)
     config = complete(config, dataset)
     model = build_model(config)
     class_names = dataset.class_names if model.config.num_classes is not None else None
-    pipeline = build_pipeline(model, class_names)
+    pipeline = build_pipeline(model, class_names, pixels=True)
     objective = build_objective(config.objective, model.config.learn_sigma)
     if objective.mask_plan is not None and len(objective.mask_plan.down) != len(model.mask_grids):
         raise UserError(
             f"objective.masks.down has {len(objective.mask_plan.down)} ranges, the model {len(model.mask_grids)} "
             "down-samplings: give one (low, high) each"
         )
-    _write_config(config, folder, allow_changes)
+    if not allow_changes:
+        _refuse_changes(config, folder)
 
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[ddp])
@@ -169,7 +177,8 @@ def build_trainer(
         (folder / "samples").mkdir(exist_ok=True)
         grid(images, config.samples.per_class, names).save(folder / "samples" / f"step-{step:08d}.png")
 
-    return Trainer(
+    make_loader(0)  # numbers that do not divide are told here
+    trainer = Trainer(
         folder=folder,
         config=config.train,
         seed=config.seed,
@@ -184,20 +193,26 @@ def build_trainer(
         callbacks=[(config.train.sample_every, sample), *(callbacks(pipeline) if callbacks else [])],
         quiet=quiet,
     )
+    trainer.restore()
+    # The run's settings are replaced only now that its checkpoint fits the new ones.
+    make_folder(folder)
+    if accelerator.is_main_process:
+        atomic_write_text(folder / "config.yaml", to_yaml(config))
+    return trainer
 
 
-def _write_config(config: RunConfig, folder: Path, allow_changes: bool) -> None:
-    """Keep the settings with the run, and refuse to go on with others than it began with."""
+def _refuse_changes(config: RunConfig, folder: Path) -> None:
+    """Refuse to go on with other settings than the run in `folder` began with."""
     path = folder / "config.yaml"
-    if path.is_file() and (folder / "checkpoints").is_dir():
-        changed = [line for line in differences(load_config(path), config) if not line.startswith(_HARMLESS)]
-        if changed and not allow_changes:
-            raise UserError(
-                f"{folder} holds a run with other settings ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}): "
-                "choose another --out, or go on all the same with --allow-changes"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, to_yaml(config))
+    if not (path.is_file() and (folder / "checkpoints").is_dir()):
+        return
+    changed = [line for line in differences(load_config(path), config) if not line.startswith(_HARMLESS)]
+    if changed:
+        listed = "; ".join([*changed[:4], *(["..."] if len(changed) > 4 else [])])
+        raise UserError(
+            f"{folder} holds a run with other settings ({listed}): "
+            "choose another --out, or go on all the same with --allow-changes"
+        )
 
 
 def load_pipeline(source: str | Path) -> ClassConditionalPipeline:
@@ -210,19 +225,42 @@ def load_pipeline(source: str | Path) -> ClassConditionalPipeline:
     if path.exists():
         inner = path / "model" if (path / "model" / "model_index.json").is_file() else path
         if not (inner / "model_index.json").is_file():
-            why = "its training has saved no model yet" if (path / "config.yaml").is_file() else "no model_index.json there"
+            why = (
+                "its training has saved no model yet"
+                if (path / "config.yaml").is_file()
+                else "no model_index.json there"
+            )
             raise UserError(f"{path} holds no model ({why}): expected a run folder or a diffusers folder")
-    elif path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise UserError(f"{source} does not exist: expected a run folder, a diffusers folder, or a hub name user/model")
+        _check_kind(inner / "model_index.json")
+    elif path.is_absolute() or path.parent.is_dir() or str(source).count("/") != 1:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        guess = nearest(path.name, siblings)
+        hint = f" (did you mean '{path.parent / guess}'?)" if guess else ""
+        raise UserError(
+            f"{source} does not exist: expected a run folder, a diffusers folder, or a hub name user/model{hint}"
+        )
     try:
         pipeline = ClassConditionalPipeline.from_pretrained(source)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{source} cannot be loaded as an EDT pipeline ({reason})") from None
+        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        whole = "a whole folder that edt train or edt convert wrote"
+        raise UserError(f"{source} cannot be loaded as an EDT pipeline ({reason}): expected {whole}") from None
     for name, tensor in pipeline.transformer.state_dict().items():
         if tensor.device.type == "meta":
             raise UserError(f"{source} lacks the weights {name}: the folder is incomplete")
     return pipeline
+
+
+def _check_kind(index: Path) -> None:
+    """Refuse a folder of another pipeline class by its name, before diffusers stumbles over its parts."""
+    try:
+        kind = json.loads(index.read_text("utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} is damaged (no JSON with a '_class_name'): copy the folder anew") from None
+    if kind != ClassConditionalPipeline.__name__:
+        raise UserError(
+            f"{index.parent} holds a {kind}: expected a {ClassConditionalPipeline.__name__}, as edt train writes"
+        )
 
 
 def named_model(name: str, image_size: str) -> Any | None:
@@ -230,8 +268,9 @@ def named_model(name: str, image_size: str) -> Any | None:
 
     Returns None if `name` does not name a published size.
     """
-    family, dash, size = name.partition("-")
-    if not dash or family not in BACKBONES or Path(name).exists():
+    given, dash, size = name.partition("-")
+    family = {known.lower(): known for known in BACKBONES}.get(given.lower())
+    if not dash or family is None or Path(name).exists():
         return None
     try:
         sides = [int(side) for side in image_size.lower().split("x")]
@@ -242,7 +281,7 @@ def named_model(name: str, image_size: str) -> Any | None:
     sample_size = [side // 8 for side in (sides * 2)[:2]]
     try:
         with torch.device("meta"):
-            return BACKBONES[family].from_size(name, sample_size=sample_size)
+            return BACKBONES[family].from_size(f"{family}-{size}", sample_size=sample_size)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .data import DataConfig
 from .models import BACKBONES
 from .objectives.config import ObjectiveConfig
+from .pipelines import SCHEDULERS
 from .training.config import EMAConfig, OptimizerConfig
 from .training.trainer import TrainConfig
 from .util.errors import UserError
@@ -22,12 +23,18 @@ class SamplesConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    per_class: int = Field(8, ge=1)
-    max_classes: int = Field(10, ge=1)
+    per_class: int = Field(default=8, ge=1)
+    max_classes: int = Field(default=10, ge=1)
     scheduler: str = "ddim"
-    num_inference_steps: int = Field(25, ge=1)
-    guidance_scale: float = Field(2.0, ge=0)
+    num_inference_steps: int = Field(default=25, ge=1, le=1000)
+    guidance_scale: float = Field(default=2.0, ge=0)
     seed: int = 0
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, name: str) -> str:
+        lookup(SCHEDULERS, name, "scheduler")
+        return name
 
 
 class RunConfig(BaseModel):
@@ -41,18 +48,20 @@ class RunConfig(BaseModel):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
-    train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]
-    samples: SamplesConfig = SamplesConfig()  # pyright: ignore[reportCallIssue]
+    train: TrainConfig = TrainConfig()
+    samples: SamplesConfig = SamplesConfig()
 
     @field_validator("model")
     @classmethod
     def _known_model(cls, model: dict[str, Any]) -> dict[str, Any]:
-        backbone = lookup(BACKBONES, str(model.get("name", "EDT")), "model")
+        model = {"name": "EDT", **model}
+        backbone = lookup(BACKBONES, str(model["name"]), "model")
         known = [name for name in signature(backbone.__init__).parameters if name != "self"]
         for key in model:
             if key not in (*known, "name", "size"):
                 guess = nearest(key, known)
-                raise UserError(f"unknown key 'model.{key}'" + (f" (did you mean 'model.{guess}'?)" if guess else ""))
+                hint = f" (did you mean 'model.{guess}'?)" if guess else ""
+                raise UserError(f"unknown key 'model.{key}' in the configuration{hint}")
         return model
 
 
@@ -73,19 +82,27 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> RunCo
         UserError: for a missing file, bad YAML, an unknown key (with the nearest right one) or a value out of range.
     """
     path = Path(source)
-    if path.is_file():
-        text = path.read_text()
-    elif (text := presets().get(str(source), "")) == "":
-        raise UserError(f"no configuration {str(source)!r}: expected a YAML file, or a preset ({', '.join(sorted(presets()))})")
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text("utf-8") if path.is_file() else _preset(str(source))) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping: expected keys such as 'model', 'data' and 'train'")
+    tree = {key: value for key, value in tree.items() if value is not None}  # a group with all its keys commented out
     for override in overrides or []:
         _override(tree, override)
     return parse_config(tree)
+
+
+def _preset(name: str) -> str:
+    known = presets()
+    if name in known:
+        return known[name]
+    guess = nearest(name, known)
+    hint = f" (did you mean {guess!r}?)" if guess else ""
+    if Path(name).is_dir():
+        hint = "; a folder of pictures is given by --data"
+    raise UserError(f"no configuration {name!r}: expected a YAML file, or a preset ({', '.join(sorted(known))}){hint}")
 
 
 def parse_config(tree: dict[str, Any]) -> RunConfig:
@@ -122,7 +139,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {parent!r} is a value, not a group of settings")
     try:
@@ -132,18 +151,31 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"])
+    """One line about the first problem: where, what was given, what was expected."""
+    problems = error.errors()
+    first = problems[0]
     if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
         return str(cause)
+    location, siblings = _place(first["loc"])
     if first["type"] == "extra_forbidden":
-        model: Any = RunConfig
-        for part in first["loc"][:-1]:
-            model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        guess = nearest(str(first["loc"][-1]), getattr(model, "model_fields", {}))
-        prefix = ".".join(str(part) for part in first["loc"][:-1])
-        hint = f" (did you mean '{prefix + '.' if prefix else ''}{guess}'?)" if guess else ""
+        guess = nearest(str(first["loc"][-1]), siblings)
+        hint = f" (did you mean '{'.'.join([*location.split('.')[:-1], guess])}'?)" if guess else ""
         return f"unknown key '{location}' in the configuration{hint}"
     if first["type"] == "missing":
         return f"the configuration lacks '{location}'"
-    return f"{location}={first.get('input')!r} in the configuration: {first['msg'].removeprefix('Value error, ')}"
+    # A value of several possible types has a problem with each.
+    reasons = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in problems if _place(p["loc"])[0] == location)
+    given = "" if isinstance(first.get("input"), dict) else f"={first.get('input')!r}"
+    return f"{location}{given} in the configuration: {', or '.join(reasons).replace('Input should', 'it should')}"
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """Dotted path of a problem without pydantic's names of types, and the keys that exist beside its last part."""
+    model: Any = RunConfig
+    parts, siblings = [], []
+    for part in loc:
+        siblings = list(getattr(model, "model_fields", {}))
+        if siblings or isinstance(part, int):
+            parts.append(str(part))
+        model = model.model_fields[part].annotation if part in siblings else None
+    return ".".join(parts), siblings

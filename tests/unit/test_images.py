@@ -12,12 +12,11 @@ from pydantic import ValidationError
 from edt_diffusion.data.images import (
     DataConfig,
     ImageDataset,
-    fit_picture,
-    load_picture,
     open_images,
     require_classes,
     stratified_split,
 )
+from edt_diffusion.data.picture import fit_picture, load_picture
 from edt_diffusion.util.errors import UserError
 
 

@@ -1,5 +1,7 @@
 """The table of subcommands."""
 
+import inspect
+
 import typer
 
 from .convert import convert
@@ -22,6 +24,7 @@ Every command explains itself: edt COMMAND --help"""
 app = typer.Typer(
     name="edt",
     help="Train, run and judge an image generator (EDT, the Efficient Diffusion Transformer) on your own pictures.",
+    epilog="Example: edt demo",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -35,10 +38,12 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
     if version:
         from .. import __version__
 
-        print(__version__)
+        print(__version__, flush=True)
     elif context.invoked_subcommand is None:
-        print(INTRODUCTION)
+        print(INTRODUCTION, flush=True)
 
 
 for _command in (demo, train, sample, info, convert):
-    app.command(epilog=(_command.__doc__ or "").partition("\n\n\n")[2] or None)(_command)
+    # The last paragraph of a docstring is the example with which the help ends; \b keeps it on its lines.
+    _text, _, _example = inspect.getdoc(_command).rpartition("\n\n")  # pyright: ignore[reportOptionalMemberAccess]
+    app.command(help=_text, epilog=f"\b\n{_example}")(_command)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import typer
 
-from .output import finish
+from .output import finish, quiet_libraries
 
 
 def convert(
-    checkpoint: Path = typer.Argument(help="The authors' .pt file."),
-    out: Path = typer.Argument(help="Folder to write; must not exist."),
+    checkpoint: Path = typer.Argument(metavar="CHECKPOINT", help="The authors' .pt file."),
+    out: Path = typer.Argument(metavar="OUT", help="Folder to write; must not exist."),
     family: str = typer.Option("edt", "--family", help="Whose file it is: edt."),
     weights: str = typer.Option("ema", "--weights", help="ema (what the authors sample from) or model."),
     as_json: bool = typer.Option(False, "--json", help="Print the outcome as JSON."),
@@ -21,8 +21,9 @@ def convert(
     from ..assemble import build_pipeline
     from ..convert import from_official, read_official
     from ..util.errors import UserError
-    from ..util.files import atomic_directory
+    from ..util.files import atomic_directory, make_folder
 
+    quiet_libraries()
     if out.exists():
         raise UserError(f"{out} exists already: name a new folder")
     state = read_official(checkpoint, weights)
@@ -30,8 +31,8 @@ def convert(
         model = from_official(state, family)
     except ValueError as error:
         raise UserError(f"{checkpoint} cannot be converted: {error}") from None
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with atomic_directory(out) as folder:
-        build_pipeline(model, None).save_pretrained(folder)
+        build_pipeline(model, None, pixels=False).save_pretrained(folder)
     facts = {"folder": str(out), "parameters": sum(p.numel() for p in model.parameters())}
     finish(f"wrote {out}: {type(model).__name__}, depths {list(model.config.depths)}", facts, as_json)

@@ -1,14 +1,16 @@
 """`edt demo`."""
 
+import sys
 from pathlib import Path
 
 import typer
 
-from .output import finish
+from . import STOPPED
+from .output import finish, quiet_libraries
 
 
 def demo(
-    overrides: list[str] = typer.Argument(None, metavar="[key.path=value]...", help="Settings to change."),
+    overrides: list[str] = typer.Argument(None, metavar="key.path=value", help="Settings to change."),
     out: Path = typer.Option(Path("runs/demo"), "--out", help="Run folder."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
@@ -21,10 +23,11 @@ def demo(
     """
     from ..studies.demo import run_demo
 
+    quiet_libraries()
     report = run_demo(out, overrides, quiet)
     if report is None:
         finish(f"stopped and saved; run the same command again to go on ({out})", {"finished": False}, as_json)
-        return
+        sys.exit(STOPPED)
     lines = [
         f"training            {report['train_steps']} steps in {report['train_seconds']:.0f} s",
         f"recognised          {report['class_fidelity']:.1%} of {report['generated_digits']} generated digits "

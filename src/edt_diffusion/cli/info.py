@@ -2,11 +2,13 @@
 
 import typer
 
-from .output import finish
+from .output import finish, quiet_libraries
 
 
 def info(
-    model: str = typer.Argument(help="EDT-S/2, EDT-B/2, EDT-XL/2, or a run folder, diffusers folder or hub name."),
+    model: str = typer.Argument(
+        metavar="MODEL", help="EDT-S/2, EDT-B/2, EDT-XL/2, or a run folder, diffusers folder or hub name."
+    ),
     image_size: str = typer.Option(
         "256", "--image-size", help="Pixels, as 256 or 256x384; a named size works on latents of an eighth of it."
     ),
@@ -19,6 +21,7 @@ def info(
     """
     from ..assemble import describe, load_pipeline, named_model
 
+    quiet_libraries()
     named = named_model(model, image_size)
     network = named if named is not None else load_pipeline(model).transformer
     facts = describe(network, guidance)

@@ -1,4 +1,4 @@
-"""The last line of a command: what it wrote, and where; as JSON for programs."""
+"""What commands print: their last line, or JSON for programs; and what they keep libraries from printing."""
 
 import json
 from typing import Any
@@ -6,4 +6,12 @@ from typing import Any
 
 def finish(message: str, facts: dict[str, Any], as_json: bool) -> None:
     """Print `message`, or with `as_json` one line of JSON instead."""
-    print(json.dumps(facts) if as_json else message)
+    print(json.dumps(facts) if as_json else message, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers from logging errors that we report ourselves, and from drawing bars while it loads files."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()

@@ -1,14 +1,16 @@
 """`edt sample`."""
 
+import math
+import re
 from pathlib import Path
 
 import typer
 
-from .output import finish
+from .output import finish, quiet_libraries
 
 
 def sample(
-    model: str = typer.Argument(help="Run folder, diffusers folder or hub name."),
+    model: str = typer.Argument(metavar="MODEL", help="Run folder, diffusers folder or hub name."),
     classes: str = typer.Option(
         None, "--classes", help="Class names or numbers, separated by commas (default: every class)."
     ),
@@ -17,9 +19,7 @@ def sample(
     guidance_channels: str = typer.Option("all", "--guidance-channels", help="all, or authors (first three)."),
     scheduler: str = typer.Option(None, "--scheduler", help="ddpm, ddim or dpm++ (default: the model's own)."),
     steps: int = typer.Option(None, "--steps", min=1, help="Sampling steps (default: the scheduler's usual number)."),
-    amm: str = typer.Option(
-        "saved", "--amm", help="saved, off, auto (published placement), or blocks such as 7,10."
-    ),
+    amm: str = typer.Option("saved", "--amm", help="saved, off, auto (published placement), or blocks such as 7,10."),
     seed: int = typer.Option(0, "--seed", help="Seed; picture i of a class depends on it and on i only."),
     batch_size: int = typer.Option(64, "--batch-size", min=1, help="Pictures computed at once."),
     out: Path = typer.Option(Path("samples"), "--out", help="Folder for the pictures and grid.png."),
@@ -28,24 +28,32 @@ def sample(
 ) -> None:
     """Make pictures of the classes you name.
 
-    Example: edt sample runs/mine --classes tench,parachute -n 8 --guidance 2 --out samples/
+    Example: edt sample runs/a --classes tench,church -n 8 --guidance 2
     """
     import numpy as np
 
     from ..assemble import load_pipeline
     from ..util.errors import UserError
+    from ..util.files import make_folder
     from ..util.pictures import grid, to_pil
     from ..util.rng import image_seed
 
+    quiet_libraries()
     pipeline = load_pipeline(model)
     count = pipeline.transformer.config.num_classes
-    wanted = [part.strip() for part in classes.split(",") if part.strip()] if classes else None
+    wanted = None if classes is None else [part.strip() for part in classes.split(",") if part.strip()]
+    if wanted == []:
+        raise UserError(f"--classes {classes!r} names no class: give names or numbers, separated by commas")
+    if not math.isfinite(guidance):
+        raise UserError(f"--guidance {guidance}: expected a finite number, such as 2")
+    longest = pipeline.scheduler.config.num_train_timesteps
+    if steps is not None and steps > longest:
+        raise UserError(f"--steps {steps}: the model's noising process has {longest} steps, give at most as many")
     rows = pipeline.resolve_labels(wanted if wanted is not None or count is None else list(range(count)))
+    rows = None if rows is None else list(dict.fromkeys(rows))
     names = pipeline.class_names or [str(number) for number in range(count or 0)]
     if amm in ("off", "auto"):
-        pipeline.transformer.set_attention_modulation(
-            preset="auto" if amm == "auto" else None, guidance_scale=guidance
-        )
+        pipeline.transformer.set_attention_modulation(preset="auto" if amm == "auto" else None, guidance_scale=guidance)
     elif amm != "saved":
         try:
             pipeline.transformer.set_attention_modulation([int(block) for block in amm.split(",")])
@@ -53,8 +61,8 @@ def sample(
             raise UserError(f"--amm {amm}: expected saved, off, auto or block numbers such as 7,10 ({error})") from None
     labels = None if rows is None else [label for label in rows for _ in range(number)]
     seeds = [image_seed(seed, index) for index in range(number)] * (1 if rows is None else len(rows))
-    out.mkdir(parents=True, exist_ok=True)
-    pipeline.set_progress_bar_config(disable=quiet, leave=False)
+    make_folder(out)
+    pipeline.set_progress_bar_config(disable=quiet or None, leave=False)  # None: in terminals only
     images = pipeline(
         labels,
         guidance_scale=guidance if rows is not None else 1.0,
@@ -67,10 +75,17 @@ def sample(
     ).images  # pyright: ignore[reportAttributeAccessIssue]
     row_names = [] if rows is None else [names[label] for label in rows]
     files = []
+    stems = _file_stems(row_names) or ["image"]
     for index, image in enumerate(images):
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in row_names[index // number]) if row_names else "image"
-        files.append(out / f"{name}-{index % number:04d}.png")
+        files.append(out / f"{stems[index // number]}-{index % number:04d}.png")
         to_pil(np.asarray(image)).save(files[-1])
     grid(images, number, row_names).save(out / "grid.png")
     facts = {"folder": str(out), "pictures": [str(file) for file in files], "grid": str(out / "grid.png"), "seed": seed}
     finish(f"wrote {len(files)} pictures and grid.png to {out}", facts, as_json)
+
+
+def _file_stems(names: list[str]) -> list[str]:
+    """File names for class names, different where those are: "a/b" and "a b" become "a_b_0" and "a_b_1"."""
+    stems = [re.sub(r"[^\w-]", "_", name) for name in names]
+    alike = [stem.casefold() for stem in stems]
+    return [stem if alike.count(stem.casefold()) == 1 else f"{stem}_{row}" for row, stem in enumerate(stems)]

@@ -1,16 +1,18 @@
 """`edt train`."""
 
+import json
+import sys
 from pathlib import Path
 
 import typer
 
-from .output import finish
+from . import STOPPED
+from .output import finish, quiet_libraries
 
 
 def train(
-    arguments: list[str] = typer.Argument(
-        None, metavar="[CONFIG] [key.path=value]...", help="YAML file, preset or run folder; then settings to change."
-    ),
+    source: str | None = typer.Argument(None, metavar="CONFIG", help="YAML file, preset or run folder."),
+    overrides: list[str] = typer.Argument(None, metavar="key.path=value", help="Settings to change."),
     data: str = typer.Option(
         None, "--data", help="Pictures: a folder with one sub-folder per class, a flat folder, or Parquet."
     ),
@@ -25,15 +27,16 @@ def train(
     The run folder gets config.yaml, log.jsonl, tensorboard/, samples/, checkpoints/ and model/ (newest EMA weights as a
     diffusers folder). Ctrl-C saves and stops.
 
-    Example: edt train small-32 --data pictures/ --out runs/mine train.steps=20000
+    Example: edt train small-32 --data pictures/ --out runs/a train.steps=9000
     """
     from ..assemble import build_trainer
     from ..config import load_config, presets
     from ..training.state import CheckpointStore
     from ..util.errors import UserError
 
-    given = list(arguments or [])
-    source = given.pop(0) if given and "=" not in given[0] else None
+    given = list(overrides or [])
+    if source is not None and "=" in source:
+        source, given = None, [source, *given]
     if stray := [argument for argument in given if "=" not in argument]:
         raise UserError(f"unexpected argument {stray[0]!r}: after the configuration come settings, as key.path=value")
     if source is None:
@@ -43,10 +46,12 @@ def train(
     if (Path(source) / "config.yaml").is_file():
         out = out or Path(source)
         source = str(Path(source) / "config.yaml")
-    config = load_config(source, [*given, *([f"data.path={data}"] if data else [])])
+    # As a JSON string: YAML would take a folder called 2024 for a number.
+    config = load_config(source, [*given, *([f"data.path={json.dumps(data)}"] if data else [])])
     folder = out or Path("runs") / Path(source).stem
     if resume and not CheckpointStore(folder / "checkpoints").steps():
         raise UserError(f"--resume: {folder} holds no checkpoint; leave the option out to start there")
+    quiet_libraries()
     trainer = build_trainer(config, folder, quiet=quiet, allow_changes=allow_changes)
     finished = trainer.fit()
     facts = {"folder": str(folder), "step": trainer.step, "seconds": round(trainer.seconds, 1), "finished": finished}
@@ -54,3 +59,4 @@ def train(
         finish(f"trained {trainer.step} steps; samples and model are in {folder}", facts, as_json)
     else:
         finish(f"stopped and saved at step {trainer.step}; run the same command again to go on", facts, as_json)
+        sys.exit(STOPPED)

@@ -1,4 +1,4 @@
-"""Weights of the authors' repositories to and from our models. To add a family: a file here and a line in `FAMILIES`."""
+"""Weights of the authors' repositories to and from our models. A new family is a file here and a line in `FAMILIES`."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -63,7 +63,9 @@ def read_official(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be read as plain weights ({reason[:200]}); it is truncated, or holds code") from None
+        raise UserError(
+            f"{path} cannot be read as plain weights ({reason[:200]}); it is truncated, or holds code"
+        ) from None
     if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
         return content
     if not isinstance(content, dict) or not isinstance(content.get(weights), dict):

@@ -41,9 +41,7 @@ def key_map(depths: Sequence[int], conditional: bool = True) -> list[Entry]:
             ours, up = f"blocks.{position}", stage - downs - 1
             entries += pair(f"up_blocks.{up}.expand", f"{ours}.expand", ".weight")
             entries += pair(f"concat_blocks.{up}.pos_embed", f"{ours}.pos_embed", "")
-            entries += pair(
-                f"concat_blocks.{up}.adaLN_modulation.1", f"{ours}.norm.modulation.linear", *weight_bias
-            )
+            entries += pair(f"concat_blocks.{up}.adaLN_modulation.1", f"{ours}.norm.modulation.linear", *weight_bias)
             entries += pair(f"concat_blocks.{up}.cat", f"{ours}.fuse", *weight_bias)
             position += 1
         for _ in range(depth):
@@ -80,30 +78,35 @@ def infer_config(state: Mapping[str, Tensor], sample_size: int | Sequence[int] |
     table_name = "blocks.{}.attn.rel_pos_bias.relative_position_bias_table"
     blocks = []
     while (table := table_name.format(len(blocks))) in state:
-        qkv = state.get(f"blocks.{len(blocks)}.attn.qkv.weight")
-        if qkv is None:
-            raise ValueError(f"blocks.{len(blocks)}.attn.qkv.weight is missing: this is not an EDT checkpoint")
-        blocks.append((qkv.shape[1], state[table].shape[1], state[table].shape[0]))
+        try:
+            qkv, mlp = (state[f"blocks.{len(blocks)}.{name}.weight"] for name in ("attn.qkv", "mlp.fc1"))
+        except KeyError as error:
+            raise ValueError(f"entry {error} is missing: this is not an EDT checkpoint") from None
+        blocks.append((qkv.shape[1], state[table].shape[1], state[table].shape[0], mlp.shape[0]))
+    if not blocks:
+        raise ValueError(f"entry {table_name.format(0)!r} is missing: this is not an EDT checkpoint")
     try:
         patch = state["x_embedder.proj.weight"]
-        tokens, hidden = state["pos_embed"].shape[1], state["blocks.0.mlp.fc1.weight"].shape[0]
+        tokens = state["pos_embed"].shape[1]
         outputs = state["final_layer.linear.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"entry {error} is missing: this is not an EDT checkpoint") from None
     if not any(name.startswith("down_blocks.") for name in state):
         raise ValueError("no down_blocks in the state dict: this is not an EDT checkpoint")
-    stages = [(width, heads, len(list(run))) for (width, heads, _), run in groupby(blocks)]
+    # Neighbouring stages of equal width still differ in the size of their bias tables.
+    stages = [(width, heads, len(list(run))) for (width, heads, *_), run in groupby(blocks)]
     patch_size, in_channels = patch.shape[2], patch.shape[1]
     if sample_size is None:
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ValueError(f"{tokens} tokens are not a square grid: give sample_size=(height, width)")
         sample_size = side * patch_size
+    sample_size = sample_size if isinstance(sample_size, int) else tuple(sample_size)
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    if (height // patch_size) * (width // patch_size) != tokens:
+    wanted = (height // patch_size) * (width // patch_size)
+    if wanted != tokens:
         raise ValueError(
-            f"sample_size={sample_size!r} makes {(height // patch_size) * (width // patch_size)} tokens, the state dict "
-            f"has positions for {tokens}"
+            f"sample_size={sample_size!r} makes {wanted} tokens, the state dict has positions for {tokens}"
         )
     labels = state.get("y_embedder.embedding_table.weight")
     return {
@@ -115,8 +118,15 @@ def infer_config(state: Mapping[str, Tensor], sample_size: int | Sequence[int] |
         "depths": tuple(depth for _, _, depth in stages),
         "dims": tuple(width for width, _, _ in stages),
         "num_heads": tuple(heads for _, heads, _ in stages),
-        "mlp_ratio": hidden / blocks[0][0],
+        "mlp_ratio": _mlp_ratio([(width, hidden) for width, _, _, hidden in blocks]),
     }
+
+
+def _mlp_ratio(sizes: Sequence[tuple[int, int]]) -> float:
+    """The smallest ratio with `int(width * ratio) == hidden` for all pairs (width, hidden), if there is one."""
+    ratio = max(hidden / width for width, hidden in sizes)
+    # The rounded quotient may miss its own hidden width by one.
+    return ratio if all(int(width * ratio) >= hidden for width, hidden in sizes) else math.nextafter(ratio, math.inf)
 
 
 def from_official(state: Mapping[str, Tensor], **config: Any) -> EDTTransformer2DModel:
@@ -124,7 +134,9 @@ def from_official(state: Mapping[str, Tensor], **config: Any) -> EDTTransformer2
     inferred = infer_config(state, config.get("sample_size"))
     for name, value in inferred.items():
         given = config.get(name, value)
-        if (tuple(given) if isinstance(given, list | tuple) else given) != value:
+        if name == "mlp_ratio" and all(int(dim * given) == int(dim * value) for dim in inferred["dims"]):
+            inferred[name] = given  # several ratios make the same widths
+        elif (tuple(given) if isinstance(given, list | tuple) else given) != value:
             raise ValueError(f"{name}={given!r} was given, but the state dict says {value!r}")
     model = EDTTransformer2DModel(**{**config, **inferred})
     converted = to_ours(key_map(inferred["depths"], inferred["num_classes"] is not None), state)
@@ -132,7 +144,9 @@ def from_official(state: Mapping[str, Tensor], **config: Any) -> EDTTransformer2
     wrong = [name for name, tensor in converted.items() if tensor.shape != computed[name].shape]
     if wrong:
         found, built = tuple(converted[wrong[0]].shape), tuple(computed[wrong[0]].shape)
-        raise ValueError(f"{len(wrong)} tensors do not fit, the first {wrong[0]}: {found} in the file, {built} expected")
+        raise ValueError(
+            f"{len(wrong)} tensors do not fit, the first {wrong[0]}: {found} in the file, {built} expected"
+        )
     for name, table in converted.items():
         if name.endswith("pos_embed"):
             drift = float((table.float() - computed[name]).abs().max())

@@ -1,8 +1,8 @@
 """From pictures on disk to training batches: `images` (read and crop), `codec` (pixels or latents), `loader`."""
 
-from edt_diffusion.data.codec import Codec, PixelCodec, VAECodec, from_uint8, to_uint8
-from edt_diffusion.data.images import DataConfig, ImageDataset, open_images, require_classes, stratified_split
-from edt_diffusion.data.loader import Batch, Place, StepBatchSampler, TrainingImages, training_loader
+from .codec import Codec, PixelCodec, VAECodec, from_uint8, to_uint8
+from .images import DataConfig, ImageDataset, open_images, require_classes, stratified_split
+from .loader import Batch, Place, StepBatchSampler, TrainingImages, training_loader
 
 __all__ = [
     "Batch",

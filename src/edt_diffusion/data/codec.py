@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from edt_diffusion.util.errors import UserError
+from ..util.errors import UserError
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and pixels need none of it
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

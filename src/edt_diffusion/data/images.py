@@ -4,49 +4,27 @@
 - `ImageDataset`     pictures, labels and class names; `subset`, `class_counts`
 - `stratified_split` training and held-out part, class by class
 - `require_classes`  what a class-conditional model asks of a dataset
-- `load_picture`     one encoded picture of any format -> RGB or grayscale, 8 bits
-- `fit_picture`      one picture -> the wanted size
 - `DataConfig`       the settings, as they stand in a run's YAML
 
-A source is a *reader* (encoded bytes by row number), labels and class names. A new kind of source is one function that
-returns a `_Source`; decoding, checking, cropping and caching are the same for all.
+What a path is stands in `sources`, what is done to one picture in `picture`.
 """
 
-import contextlib
-import functools
-import io
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Protocol
+from typing import Annotated, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from edt_diffusion.util import rng
-from edt_diffusion.util.errors import UserError
-from edt_diffusion.util.lookup import nearest
+from ..util import rng
+from ..util.errors import UserError
+from .picture import Crop, check_pictures, decoding_error, fit_picture, load_picture, verify_picture
+from .sources import Reader, find_source
 
-if TYPE_CHECKING:
-    import pyarrow
-
-Crop = Literal["center", "resize"]
 Cache = Literal["auto", "memory", "none"]
 
-# Raster formats only: EPS and PostScript would start Ghostscript on an untrusted file, and HDF5, GRIB, BUFR, WMF and
-# MPEG are stubs in Pillow that identify a file without being able to decode it.
-_FORMATS = {
-    *("AVIF", "BLP", "BMP", "DCX", "DDS", "DIB", "GIF", "ICNS", "ICO", "IM", "JPEG", "JPEG2000", "MPO", "MSP", "PCX"),
-    *("PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
-}
 _AUTO_CACHE_BYTES = 1 << 30
-_SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
-    ("val", "valid", "validation", "dev", "eval"), "validation"
-)
 
 
 class DataConfig(BaseModel):
@@ -219,7 +197,7 @@ def open_images(
         raise UserError(f"size is {height}x{width} pixels: expected at least 1x1")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: expected at least 1 picture, or null for all")
-    found = _find_source(path, image_column, label_column)
+    found = find_source(path, image_column, label_column)
 
     total = len(found.reader)
     rows = np.arange(total) if limit is None or limit >= total else np.arange(limit) * total // limit
@@ -235,9 +213,9 @@ def open_images(
 
         def check(slot: int) -> None:
             with found.reader.open(int(rows[slot])) as stream:
-                _verify_picture(stream)
+                verify_picture(stream)
 
-    _check_all(check, len(rows), lambda slot: found.reader.name(int(rows[slot])))
+    check_pictures(check, len(rows), lambda slot: found.reader.name(int(rows[slot])))
     return ImageDataset(
         decode,
         rows if cached is None else np.arange(len(rows)),
@@ -303,196 +281,11 @@ def require_classes(dataset: ImageDataset) -> None:
         raise UserError(f"{dataset.source} has one class only ({present[0]!r}): {remedy}")
 
 
-# ---------------------------------------------------------------------------------------------- one picture
-
-
-def load_picture(stream: BinaryIO, channels: int) -> Image.Image:
-    """Decode one picture of any raster format to 8-bit RGB (`channels` 3) or grayscale (1).
-
-    The EXIF orientation is applied; transparency is composited on white; 16-bit values are divided by 257, float
-    values in [0, 1] multiplied by 255; of an animation the first frame is taken. Colour profiles are not applied.
-
-    Args:
-        stream: the encoded picture.
-        channels: 3 or 1.
-
-    Returns:
-        A loaded image of mode "RGB" or "L".
-
-    Raises:
-        PIL.UnidentifiedImageError: not a picture.
-        OSError, ValueError, SyntaxError: a damaged picture, or values outside the ranges above; Pillow's decoders
-            raise further types on damaged files.
-    """
-    with Image.open(stream, formats=_readable_formats()) as opened:
-        image = ImageOps.exif_transpose(opened)
-        image.load()
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _deep_gray_to_8_bit(image)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    elif image.mode not in ("RGB", "L"):
-        image = image.convert("RGB")
-    return image.convert("RGB" if channels == 3 else "L")
-
-
-def fit_picture(image: Image.Image, size: tuple[int, int], crop: Crop) -> Image.Image:
-    """Bring an 8-bit picture to (height, width); one that has that size already is returned as it is, bit for bit.
-
-    "center" is the preparation of ADM (Dhariwal and Nichol 2021, guided-diffusion), extended to rectangles: halve by
-    averaging 2x2 pixels while the picture stays at least twice as large as wanted, scale with a bicubic filter until
-    it just covers the size, cut the middle out. "resize" is one bicubic step that ignores the proportions.
-
-    Args:
-        image: a picture of mode "RGB" or "L".
-        size: wanted (height, width) in pixels.
-        crop: "center" or "resize".
-
-    Returns:
-        A picture of exactly that size.
-    """
-    height, width = size
-    if image.size == (width, height):
-        return image
-    if crop == "resize":
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    covering = max(round(image.width * scale), width), max(round(image.height * scale), height)
-    image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-@functools.cache
-def _readable_formats() -> tuple[str, ...]:
-    """Those of our formats that this build of Pillow reads (AVIF and WebP are optional, MPO opens as JPEG)."""
-    Image.init()
-    return tuple(_FORMATS & Image.OPEN.keys())
-
-
-def _deep_gray_to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit and float grayscale to 8 bits, where Pillow's own conversion would clip at 255."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        full, expected = 1.0, "float values from 0 to 1"
-    else:
-        full, expected = 65535.0, "integers from 0 to 65535"
-    if not (values.min() >= 0 and values.max() <= full):  # `not`: NaN fails every comparison
-        raise ValueError(f"its values run from {values.min():g} to {values.max():g}, expected {expected}")
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        values[values == transparent] = full
-    return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
-
-
-def _verify_picture(stream: BinaryIO) -> None:
-    """Find out whether a picture can be decoded, without decoding it where its format allows that."""
-    with Image.open(stream, formats=_readable_formats()) as image:
-        file_format = image.format
-        image.verify()
-    if file_format == "PNG":  # verify() has checked the sums of all its chunks
-        return
-    if file_format == "JPEG":
-        # verify() reads a JPEG's header only. One that ends in its end marker was not cut off; any other, such as one
-        # with padding after the marker, is decoded to make sure.
-        stream.seek(-2, io.SEEK_END)
-        if stream.read(2) == b"\xff\xd9":
-            return
-    stream.seek(0)
-    with Image.open(stream, formats=_readable_formats()) as image:
-        image.load()
-
-
-def _reason(error: BaseException) -> str:
-    """Why a picture could not be decoded, in one line without Pillow's internals."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture in a format that Pillow reads"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _check_all(check: Callable[[int], None], count: int, name: Callable[[int], str]) -> None:
-    """Run `check` on 0 .. count - 1, in threads (Pillow decodes outside the GIL), and report all failures as one."""
-
-    def failures_of(portion: range) -> list[tuple[int, str]]:
-        failures = []
-        for slot in portion:
-            try:
-                check(slot)
-            except MemoryError:
-                raise
-            except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-                failures.append((slot, _reason(error)))
-        return failures
-
-    # Portions: handing over pictures one by one costs more than decoding a small one.
-    portions = [range(start, min(start + 256, count)) for start in range(0, count, 256)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        failures = [failure for found in pool.map(failures_of, portions) for failure in found]
-    if failures:
-        slot, reason = failures[0]
-        others = f" ({len(failures) - 1} more of {count} pictures cannot be decoded either)" if failures[1:] else ""
-        raise UserError(f"{name(slot)!r} cannot be decoded: {reason}{others}; remove or replace such files")
-
-
-# ---------------------------------------------------------------------------------------------- sources
-
-
-class _Reader(Protocol):
-    """Encoded pictures by row number. Must pickle: loader workers get a copy."""
-
-    def __len__(self) -> int: ...
-
-    def open(self, row: int) -> BinaryIO:
-        """Open the encoded picture `row`; the caller closes it."""
-        ...
-
-    def name(self, row: int) -> str:
-        """What to call picture `row` in a message."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Files:
-    root: Path
-    files: list[str]  # relative to the root, which keeps a list of a million names small
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def open(self, row: int) -> BinaryIO:
-        return open(self.root / self.files[row], "rb")
-
-    def name(self, row: int) -> str:
-        return str(self.root / self.files[row])
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    origin: str
-    pictures: "Sequence[bytes] | pyarrow.ChunkedArray"
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def open(self, row: int) -> BinaryIO:
-        picture = self.pictures[row]
-        data = picture if isinstance(picture, bytes) else picture.as_py()
-        if data is None:
-            raise ValueError("the row holds no encoded picture (a path alone is not followed)")
-        return io.BytesIO(data)
-
-    def name(self, row: int) -> str:
-        return f"{self.origin} row {row}"
-
-
 @dataclass(frozen=True)
 class _Decoder:
     """Row number -> uint8 array (H, W, C)."""
 
-    reader: _Reader
+    reader: Reader
     size: tuple[int, int]
     channels: int
     crop: Crop
@@ -508,240 +301,4 @@ class _Decoder:
         except MemoryError:
             raise
         except Exception as error:
-            raise UserError(f"{self.reader.name(row)!r} cannot be decoded: {_reason(error)}") from error
-
-
-@dataclass(frozen=True)
-class _Source:
-    description: str
-    reader: _Reader
-    labels: np.ndarray | None = None  # int64 (rows of the reader,)
-    class_names: list[str] | None = None
-    ignored_files: int = 0
-
-
-def _find_source(path: str | os.PathLike[str], image_column: str, label_column: str | None) -> _Source:
-    name = os.fspath(path)
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]()
-    location = Path(name).expanduser()
-    expected = f"a folder of pictures or .parquet files, a .parquet file, or a built-in set ({', '.join(_BUILT_IN)})"
-    if location.is_dir():
-        parquet = sorted(entry for entry in location.iterdir() if _is_parquet(entry.name))
-        if parquet:
-            return _parquet_source(location, parquet, image_column, label_column)
-        return _folder_source(location)
-    if location.is_file():
-        if not _is_parquet(location.name):
-            raise UserError(f"{name!r} is a single file and not a .parquet file: expected {expected}")
-        return _parquet_source(location, [location], image_column, label_column)
-    siblings = [entry.name for entry in location.parent.iterdir()] if location.parent.is_dir() else []
-    guess = nearest(location.name, [*siblings, *_BUILT_IN])
-    raise UserError(f"{name!r} does not exist: expected {expected}" + (f" (did you mean {guess!r}?)" if guess else ""))
-
-
-def _folder_source(root: Path) -> _Source:
-    loose, ignored, folders = _list_folder(root)
-    classes: dict[str, list[str]] = {}
-    for folder in folders:
-        pictures, others, _ = _list_folder(root / folder)
-        classes[folder] = pictures
-        ignored += others
-    empty = [folder for folder, pictures in classes.items() if not pictures]
-    if not loose and len(empty) == len(classes):
-        deeper = _folder_to_give(root)
-        hint = f" (did you mean {str(deeper)!r}?)" if deeper else ""
-        raise UserError(
-            f"{str(root)!r} holds no pictures ({ignored} other files ignored): expected one sub-folder per class, "
-            f"pictures, or .parquet files{hint}"
-        )
-    if len(empty) == len(classes):
-        return _Source(f"folder {str(root)!r}", _Files(root, loose), ignored_files=ignored)
-    if loose:
-        raise UserError(
-            f"{str(root)!r} holds pictures ({loose[0]!r}) beside folders of pictures ({folders[0]!r}): expected either "
-            "one sub-folder per class or pictures without sub-folders; move the pictures into a class folder"
-        )
-    if empty:
-        raise UserError(
-            f"class folder {str(root / empty[0])!r} holds no pictures: a class without pictures cannot be learned; "
-            "remove the folder or add pictures"
-        )
-    files = [str(Path(folder, picture)) for folder, pictures in classes.items() for picture in pictures]
-    labels = np.repeat(np.arange(len(classes)), [len(pictures) for pictures in classes.values()])
-    return _Source(f"folder {str(root)!r}", _Files(root, files), labels, list(classes), ignored)
-
-
-def _list_folder(folder: Path) -> tuple[list[str], int, list[str]]:
-    """Sorted names of the pictures of one folder, the number of other files, sorted names of its sub-folders."""
-    pictures, ignored, folders = [], 0, []
-    extensions = _picture_extensions()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            hidden = entry.name.startswith(".")
-            if entry.is_dir():
-                if not hidden:
-                    folders.append(entry.name)
-            elif not hidden and os.path.splitext(entry.name)[1].lower() in extensions:
-                pictures.append(entry.name)
-            else:
-                ignored += 1
-    return sorted(pictures), ignored, sorted(folders)
-
-
-def _picture_extensions() -> set[str]:
-    return {extension for extension, name in Image.registered_extensions().items() if name in _FORMATS}
-
-
-def _folder_to_give(root: Path) -> Path | None:
-    """The first folder below `root` that `open_images` could open."""
-    extensions = _picture_extensions()
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if any(_is_parquet(name) for name in files):
-            return Path(folder)
-        if any(os.path.splitext(name)[1].lower() in extensions for name in files):
-            return Path(folder).parent  # most likely a class folder
-    return None
-
-
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith(".parquet") and not name.startswith(".")
-
-
-def _parquet_source(location: Path, files: list[Path], image_column: str, label_column: str | None) -> _Source:
-    try:  # imported here: folders of pictures need neither the second it takes nor the package
-        import datasets
-        import pyarrow
-        import pyarrow.parquet
-        from datasets.exceptions import DatasetGenerationError
-    except ImportError as error:
-        raise UserError(
-            f"reading {str(location)!r} needs the package datasets, which is not installed: "
-            "pip install edt-diffusion[train]"
-        ) from error
-
-    splits = {_SPLIT_NAMES.get(file.name.split("-")[0].split(".")[0].lower()) for file in files}
-    if len(splits - {None}) > 1:  # "train-00000-of-00002.parquet" beside "test-...": mixing them would spoil both
-        raise UserError(
-            f"{str(location)!r} holds Parquet files of several splits ({files[0].name} to {files[-1].name}): "
-            "expected those of one; give one file, or a folder with one split"
-        )
-    wanted = [image_column] if label_column is None else [image_column, label_column]
-    rows = 0
-    for file in files:
-        try:
-            footer = pyarrow.parquet.read_metadata(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{str(file)!r} cannot be read as Parquet: {_reason(error)}") from error
-        rows += footer.num_rows
-        columns = footer.schema.to_arrow_schema().names
-        for column in wanted:
-            if column not in columns:
-                which = "image" if column == image_column else "label"
-                remedy = " (or null to read no labels)" if which == "label" else ""
-                guess = nearest(column, columns)
-                raise UserError(
-                    f"{str(file)!r} has no column {column!r}: it has {', '.join(columns)}; "
-                    f"set data.{which}_column to one of them{remedy}" + (f" (did you mean {guess!r}?)" if guess else "")
-                )
-    if rows == 0:
-        raise UserError(f"{str(location)!r} holds no pictures: expected at least one row")
-    # Read through a folder that is gone afterwards: nothing is taken from, or left in, the user's ~/.cache.
-    with tempfile.TemporaryDirectory(prefix="edt-parquet-") as scratch, _quiet_datasets():
-        try:
-            table = datasets.Dataset.from_parquet(
-                [str(file) for file in files], cache_dir=scratch, keep_in_memory=True, columns=wanted
-            )
-        except DatasetGenerationError as error:
-            raise UserError(
-                f"{str(location)!r} cannot be read as Parquet: {_reason(error.__cause__ or error)}"
-            ) from error
-    # The column as it is stored, so that no bytes are decoded by anyone but us: encoded pictures, alone or, as the
-    # Image feature keeps them, in a struct beside their path.
-    encoded = table.data.column(image_column)
-    if pyarrow.types.is_struct(encoded.type) and encoded.type.get_field_index("bytes") >= 0:
-        encoded = encoded.flatten()[encoded.type.get_field_index("bytes")]
-    if not (pyarrow.types.is_binary(encoded.type) or pyarrow.types.is_large_binary(encoded.type)):
-        raise UserError(
-            f"column {image_column!r} of {str(location)!r} holds {encoded.type}: expected encoded pictures (bytes); "
-            "set data.image_column to the column that holds them"
-        )
-    description = f"Parquet {str(location)!r}"
-    reader = _Encoded(str(location), encoded)
-    if label_column is None:
-        return _Source(description, reader)
-    names = getattr(table.features[label_column], "names", None)
-    values = table.data.column(label_column).to_pylist()
-    labels, class_names = _read_labels(values, names, f"column {label_column!r} of {str(location)!r}")
-    return _Source(description, reader, labels, class_names)
-
-
-def _read_labels(values: list[Any], names: list[str] | None, origin: str) -> tuple[np.ndarray, list[str]]:
-    """Turn a column of labels into int64 numbers and class names.
-
-    Strings become classes in sorted order. Integers keep their values, so that a class's number and, where the schema
-    has no names, its name are the same.
-    """
-    if all(isinstance(value, str) for value in values):
-        class_names = sorted(set(values))
-        number = {name: label for label, name in enumerate(class_names)}
-        return np.array([number[value] for value in values], dtype=np.int64), class_names
-    for row, value in enumerate(values):
-        if not isinstance(value, int):
-            raise UserError(f"{origin} holds {value!r} in row {row}: expected integers or strings in every row")
-    labels = np.array(values, dtype=np.int64)
-    lowest, highest = int(labels.min()), int(labels.max())
-    if names is None:
-        distinct = len(np.unique(labels))
-        # A wild number would otherwise silently make a model with that many classes.
-        if lowest < 0 or highest >= 2 * distinct:
-            raise UserError(
-                f"{origin} holds {distinct} different labels from {lowest} to {highest}: labels out of range, expected "
-                f"0 to {distinct - 1}; renumber them or write them as strings"
-            )
-        names = [str(label) for label in range(highest + 1)]
-    elif lowest < 0 or highest >= len(names):
-        raise UserError(
-            f"{origin} holds labels from {lowest} to {highest}: labels out of range, expected 0 to "
-            f"{len(names) - 1} for its {len(names)} classes; correct the rows, or set data.label_column=null"
-        )
-    return labels, list(names)
-
-
-@contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Keep HF `datasets` from drawing progress bars and logging errors that we report ourselves."""
-    import datasets
-
-    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _digits() -> _Source:
-    """The 8x8 digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits"), values 0-16 scaled to 0-255."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError(
-            "the built-in set 'digits' needs scikit-learn, which is not installed: pip install edt-diffusion[train]"
-        ) from error
-    values, labels = (np.asarray(array) for array in load_digits(return_X_y=True))  # (1797, 64), (1797,)
-    pictures = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    encoded = []
-    for picture in pictures:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        encoded.append(buffer.getvalue())
-    names = [str(digit) for digit in range(10)]
-    return _Source("built-in set 'digits'", _Encoded("digits", encoded), labels.astype(np.int64), names)
-
-
-_BUILT_IN: dict[str, Callable[[], _Source]] = {"digits": _digits}
+            raise UserError(f"{self.reader.name(row)!r} cannot be decoded: {decoding_error(error)}") from error

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from edt_diffusion.data.codec import from_uint8
-from edt_diffusion.data.images import ImageDataset
-from edt_diffusion.util import rng
-from edt_diffusion.util.errors import UserError
+from ..util import rng
+from ..util.errors import UserError
+from .codec import from_uint8
+from .images import ImageDataset
 
 
 class Place(NamedTuple):

@@ -41,7 +41,7 @@ class ModulationPreset:
 class ModulatedAttentionMixin:
     """`set_attention_modulation`, its suspension, and its place in the config. Expects a diffusers `ConfigMixin`."""
 
-    amm_presets: dict[str, ModulationPreset] = {}  # noqa: RUF012  (class-level table, replaced by subclasses)
+    amm_presets: dict[str, ModulationPreset] = {}  # replaced by subclasses
 
     def attention_layers(self) -> list[tuple[GridAttention, tuple[int, int]]]:
         """Attention modules with their (height, width) grids, indexed as `blocks` of the setting counts them."""
@@ -141,6 +141,7 @@ class ModulatedAttentionMixin:
                 raise ValueError(f"attention modulation of block {block}: {error}") from None
         for index, (attention, _) in enumerate(layers):
             matrix = matrices.get(index)
-            attention.modulation = None if matrix is None else matrix.to(attention.to_q.weight.device)
+            # Not a weight's device: `from_pretrained` builds the model with its weights on the meta device.
+            attention.modulation = None if matrix is None else matrix.to(attention.position_bias.index.device)
         self._attention_modulation = setting
         self.register_to_config(attention_modulation=None if setting is None else setting.to_config())  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,7 +14,7 @@ Shapes in comments: B images, N tokens, C channels of a stage, D channels of sta
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -96,9 +96,9 @@ class EDTBlock(nn.Module):
         self.attn = GridAttention(dim, heads, grid, keep_bias)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
-        for linear in (self.ff.net[0].proj, self.ff.net[2]):
-            nn.init.xavier_uniform_(linear.weight)  # pyright: ignore[reportArgumentType]
-            nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
+        for linear in cast(tuple[nn.Linear, nn.Linear], (self.ff.net[0].proj, self.ff.net[2])):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
         self.adaln = Modulation(cond_dim, dim, 6, zero_init=True)
 
     def forward(self, hidden_states: Tensor, temb: Tensor, skips: Skips) -> Tensor:
@@ -191,9 +191,9 @@ class EDTTransformer2DModel(
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["EDTBlock", "DownSample", "UpSample"]  # noqa: RUF012
-    _repeated_blocks = ["EDTBlock"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "norm", "position_bias"]  # noqa: RUF012
+    _no_split_modules = ["EDTBlock", "DownSample", "UpSample"]
+    _repeated_blocks = ["EDTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "pos_embed", "norm", "position_bias"]
 
     amm_presets = AMM_PRESETS
     config: Any  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
@@ -215,7 +215,9 @@ class EDTTransformer2DModel(
         attention_modulation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.grids = _check_layout(sample_size, patch_size, in_channels, num_classes, depths, dims, num_heads)
+        self.grids = _check_layout(
+            sample_size, patch_size, in_channels, num_classes, depths, dims, num_heads, mlp_ratio
+        )
         if stage0_mask_block is None:
             stage0_mask_block = min(4, depths[0] - 1)
         elif not 0 <= stage0_mask_block < depths[0]:
@@ -305,7 +307,7 @@ class EDTTransformer2DModel(
         Raises:
             ValueError: if shapes or labels do not fit the model.
         """
-        self._check_inputs(hidden_states, class_labels)
+        self._check_inputs(hidden_states, timestep, class_labels)
         batch = hidden_states.shape[0]
         if token_masks is not None:
             token_masks.check(batch, self.mask_grids)
@@ -322,7 +324,7 @@ class EDTTransformer2DModel(
         for block in self.blocks:
             # Only blocks that leave the skips alone may be recomputed.
             if torch.is_grad_enabled() and self.gradient_checkpointing and isinstance(block, EDTBlock):
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, skips)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, skips)  # pyright: ignore[reportOptionalCall]
             else:
                 hidden_states = block(hidden_states, temb, skips)
         output = self.proj_out(self.norm_out(hidden_states, temb))
@@ -351,7 +353,7 @@ class EDTTransformer2DModel(
         count["final layer"] = flops.final_layer(tokens[-1], dims[-1], width, patch, self.out_channels)
         return count
 
-    def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None) -> None:
+    def _check_inputs(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> None:
         patch, channels, classes = self.config.patch_size, self.config.in_channels, self.config.num_classes
         expected = (channels, self.grids[0][0] * patch, self.grids[0][1] * patch)
         if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != expected:
@@ -359,6 +361,12 @@ class EDTTransformer2DModel(
                 f"input of shape {tuple(hidden_states.shape)}: this model takes (batch, {expected[0]}, {expected[1]}, "
                 f"{expected[2]}); build it with another sample_size or in_channels for other inputs"
             )
+        batch = hidden_states.shape[0]
+        if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch,)):
+            raise ValueError(f"timestep of shape {tuple(timestep.shape)}: expected one number, or ({batch},)")
+        # A wrong count would broadcast silently.
+        if class_labels is not None and tuple(class_labels.shape) != (batch,):
+            raise ValueError(f"class_labels of shape {tuple(class_labels.shape)}: expected ({batch},), one per image")
         if (class_labels is None) != (classes is None):
             problem = "needs class_labels" if class_labels is None else "is unconditional and takes no class_labels"
             raise ValueError(f"this model {problem} (num_classes={classes})")
@@ -366,7 +374,9 @@ class EDTTransformer2DModel(
         if class_labels is not None and class_labels.device.type == "cpu" and class_labels.numel():
             low, high = int(class_labels.min()), int(class_labels.max())
             if low < 0 or high > classes:
-                raise ValueError(f"class label {low if low < 0 else high}: expected 0 to {classes} ({classes} = no class)")
+                raise ValueError(
+                    f"class label {low if low < 0 else high}: expected 0 to {classes} ({classes} = no class)"
+                )
 
 
 def _check_layout(
@@ -377,6 +387,7 @@ def _check_layout(
     depths: Sequence[int],
     dims: Sequence[int],
     num_heads: Sequence[int],
+    mlp_ratio: float,
 ) -> list[Grid]:
     """Validate the arguments of the model and return the token grid of each stage."""
     size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -387,7 +398,9 @@ def _check_layout(
     if not isinstance(in_channels, int) or in_channels < 1:
         raise ValueError(f"in_channels={in_channels!r}: expected a positive integer")
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ValueError(f"num_classes={num_classes!r}: expected a positive integer, or None for an unconditional model")
+        raise ValueError(
+            f"num_classes={num_classes!r}: expected a positive integer, or None for an unconditional model"
+        )
     if not len(depths) == len(dims) == len(num_heads) or len(depths) % 2 == 0:
         raise ValueError(
             f"depths, dims and num_heads have {len(depths)}, {len(dims)} and {len(num_heads)} entries: expected the "
@@ -399,12 +412,17 @@ def _check_layout(
                 f"stage {stage} has depth {depth}, width {dim}, {heads} heads: expected at least one block and a width "
                 "that 4 and the number of heads divide"
             )
+    if int(min(dims) * mlp_ratio) < 1:
+        raise ValueError(
+            f"mlp_ratio={mlp_ratio!r}: expected a positive number, hidden over outer width (4 in the paper)"
+        )
     downs = len(depths) // 2
     multiple = patch_size * 2**downs
     if any(n % multiple for n in size):
+        nearest = " x ".join(str(max(multiple, round(n / multiple) * multiple)) for n in size)
         raise ValueError(
             f"sample_size={sample_size!r} cannot be divided by {multiple} (patch size {patch_size} times 2 for each of "
-            f"{downs} down-samplings): use {' x '.join(str(max(multiple, round(n / multiple) * multiple)) for n in size)}"
+            f"{downs} down-samplings): use {nearest}"
         )
     first = (size[0] // patch_size, size[1] // patch_size)
     levels = [*range(downs + 1), *range(downs - 1, -1, -1)]

@@ -70,6 +70,8 @@ class RelativePositionBias(nn.Module):
         key = (table.data_ptr(), self.table._version, table.dtype, table.device, dtype)
         # `.data.copy_()` changes values without a version bump; on the CPU a comparison of the small table is cheap.
         stale = key != self._kept_for or (table.device.type == "cpu" and not torch.equal(table, self._kept_table))  # pyright: ignore[reportArgumentType]
+        # What was kept under `inference_mode` cannot take part in a later backward to the model's input.
+        stale = stale or (cast(Tensor, self._kept).is_inference() and not torch.is_inference_mode_enabled())
         if stale:
             self._kept = self.gather().to(dtype).contiguous()
             self._kept_for = key
@@ -158,7 +160,7 @@ class GridAttention(nn.Module, AttentionModuleMixin):
     """
 
     _default_processor_cls = GridAttnProcessor
-    _available_processors = [GridAttnProcessor]  # noqa: RUF012  (diffusers' contract)
+    _available_processors = [GridAttnProcessor]
     is_cross_attention = False
 
     modulation: Tensor | None
@@ -180,7 +182,8 @@ class GridAttention(nn.Module, AttentionModuleMixin):
             nn.init.zeros_(linear.bias)
         nn.init.xavier_uniform_(self.to_out[0].weight)  # pyright: ignore[reportArgumentType]
         nn.init.zeros_(self.to_out[0].bias)  # pyright: ignore[reportArgumentType]
-        self.set_processor(GridAttnProcessor())
+        # diffusers types processors as a union of its own, not as the protocol that this is.
+        self.set_processor(GridAttnProcessor())  # pyright: ignore[reportArgumentType]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.processor(self, hidden_states)
+        return cast(GridAttnProcessor, self.processor)(self, hidden_states)

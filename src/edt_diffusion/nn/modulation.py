@@ -102,7 +102,9 @@ def modulation_matrix(height: int, width: int, formula: str = "exp", radius: flo
             a malformed radius.
     """
     if min(height, width) < 3:
-        raise ValueError(f"a {height}x{width} grid is too small for attention modulation: both sides must be at least 3")
+        raise ValueError(
+            f"a {height}x{width} grid is too small for attention modulation: both sides must be at least 3"
+        )
     function = lookup(FORMULAS, formula, "attention modulation formula")
     row = torch.arange(height, dtype=torch.int64).repeat_interleave(width)
     column = torch.arange(width, dtype=torch.int64).repeat(height)

@@ -13,7 +13,7 @@ Share = tuple[float, float]
 
 
 class MaskConfig(BaseModel):
-    """Shares of hidden tokens as (low, high); the defaults are the authors' for S and B. XL adds stage0 (0.15, 0.25)."""
+    """Shares of hidden tokens as (low, high), by default the authors' for S and B. XL adds stage0 (0.15, 0.25)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,10 +36,10 @@ class ObjectiveConfig(BaseModel):
 
     name: str = "learned_variance"
     loss_weighting: Literal["min_snr", "none"] = "min_snr"
-    min_snr_gamma: float = Field(5.0, gt=0)
-    vb_weight: float = Field(1.0, ge=0)
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    vb_weight: float = Field(default=1.0, ge=0)
     timesteps: str = "loss_second_moment"
-    label_dropout: float = Field(0.1, ge=0, le=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
     passes: Literal["full+masked", "full", "masked"] = "full+masked"
     masks: MaskConfig = MaskConfig()
     train_with_amm: bool = False

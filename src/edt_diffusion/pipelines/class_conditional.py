@@ -1,5 +1,6 @@
 """The diffusers pipeline: class names in, pictures out."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..util.rng import image_generators
 from .guidance import combine
 from .schedulers import default_steps, scheduler_like
 
-# "authors" guides the first three channels only, as the released DiT, MDT and EDT samplers do (on four-channel latents).
+# "authors" guides the first three channels only, as the released DiT, MDT and EDT samplers do on four-channel latents.
 GUIDANCE_CHANNELS: dict[str, int | None] = {"all": None, "authors": 3}
 
 
@@ -49,7 +50,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012  (diffusers' contract)
+    _optional_components = ["vae"]
     transformer: Any
     scheduler: Any
     vae: Any
@@ -99,10 +100,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         names = self.class_names or []
         if isinstance(entry, str) and entry in names:
             return names.index(entry)
-        if isinstance(entry, str) and not entry.lstrip("-").isdigit():
+        if isinstance(entry, str) and not re.fullmatch(r"\s*-?[0-9]+\s*", entry):
             guess = nearest(entry, names)
             hint = f" (did you mean {guess!r}?)" if guess else ""
-            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else f"numbers 0 to {count - 1}"
+            known = (
+                ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else f"numbers 0 to {count - 1}"
+            )
             raise UserError(f"unknown class {entry!r}: this model knows {known}{hint}")
         label = int(entry)
         if not 0 <= label < count:
@@ -142,7 +145,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
             UserError: for unknown classes, counts that differ, or an unknown option.
         """
         labels = self.resolve_labels(class_labels)
-        count = len(labels) if labels is not None else num_images or (len(seeds) if seeds is not None else 1)
+        for name, number in (
+            ("num_inference_steps", num_inference_steps), ("batch_size", batch_size), ("num_images", num_images),
+        ):  # fmt: skip
+            if number is not None and number < 1:
+                raise UserError(f"{name}={number}: expected at least 1")
+        unlabelled = num_images or (1 if seeds is None else len(seeds))
+        count = unlabelled if labels is None else len(labels)
+        if count == 0:
+            raise UserError("no classes or seeds were given: give one per picture")
         if seeds is None:
             seeds = torch.randint(2**31, (count,)).tolist()
         if len(seeds) != count:
@@ -153,8 +164,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise UserError(f"guidance_scale={guidance_scale:g}: expected 0 or more (1 is off)")
         if output_type not in ("pil", "uint8", "np", "pt", "latent"):
             raise UserError(f"output_type={output_type!r}: expected pil, uint8, np, pt or latent")
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise UserError(f"num_inference_steps={num_inference_steps}: expected at least 1")
         sampler = self.scheduler if scheduler is None else scheduler_like(scheduler, self.scheduler, self._learns_sigma)
         steps = default_steps(sampler) if num_inference_steps is None else num_inference_steps
         batches = []
@@ -193,7 +202,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         noise_channels = shape[0]
         guided_channels = min(GUIDANCE_CHANNELS[channels] or noise_channels, noise_channels)
         scheduler.set_timesteps(steps, device=device)
-        for timestep in self.progress_bar(scheduler.timesteps):
+        if model.is_cache_enabled:
+            model._reset_stateful_cache()  # else the features of the batch before would be reused
+        for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
             batch = torch.cat([sample, sample]) if guided else sample
             with model.cache_context("cond_uncond"):
                 output = model(

@@ -9,20 +9,19 @@ import numpy as np
 
 from ..assemble import build_trainer, open_data
 from ..config import RunConfig, load_config
-from ..data import ImageDataset, stratified_split
+from ..data import ImageDataset, require_classes, stratified_split
 from ..evaluation.judge import PixelJudge, diversity_ratio, memorisation_ratio
 from ..pipelines import ClassConditionalPipeline
 from ..training.log import read_log
+from ..util.errors import UserError
 from ..util.files import atomic_write_json
 from ..util.pictures import beside, grid
 from ..util.rng import image_seed
 
 HELD_OUT = 0.2
 PER_CLASS = 50
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 SCHEDULER, STEPS = "dpm++", 20
-# As the authors place AMM in S and B: the middle block of each decoder stage.
-AMM_BLOCKS = (7, 10)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,10 @@ def run_demo(folder: Path, overrides: list[str] | None = None, quiet: bool = Fal
         What `report.json` holds, or None if training was stopped by a signal (run again to go on).
     """
     config = load_config("digits", overrides)
+    if config.model.get("num_classes", 0) is None:
+        raise UserError("model.num_classes=null: the demo asks for digits by class; use edt train for such a model")
     digits = open_data(config)
+    require_classes(digits)
     training, held_out = stratified_split(digits, HELD_OUT, config.seed)
     trainer = build_trainer(config, folder, training, quiet=quiet)
     if not trainer.fit():
@@ -65,6 +67,16 @@ def run_demo(folder: Path, overrides: list[str] | None = None, quiet: bool = Fal
     report |= _losses(folder, config)
     atomic_write_json(folder / "report.json", report)
     return report
+
+
+def decoder_blocks(model: Any) -> list[int]:
+    """The middle block of each decoder stage, as the authors place AMM in S and B; not on grids too small for it."""
+    depths = model.config.depths
+    return [
+        sum(depths[:stage]) + depths[stage] // 2
+        for stage in range(len(depths) // 2 + 1, len(depths))
+        if min(model.grids[stage]) >= 3
+    ]
 
 
 def _pictures(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
@@ -85,9 +97,10 @@ def _judge(
     report: dict[str, Any] = {"judge_accuracy_on_held_out_real_digits": judge.accuracy(unseen, unseen_labels)}
     images: dict[str, np.ndarray] = {}
     results: dict[str, dict[str, float]] = {}
+    amm_blocks = decoder_blocks(pipeline.transformer)
     start = time.perf_counter()
     for setting in SETTINGS:
-        pipeline.transformer.set_attention_modulation(AMM_BLOCKS if setting.amm else None)
+        pipeline.transformer.set_attention_modulation(amm_blocks if setting.amm else None)
         images[setting.name] = pipeline(
             labels.tolist(),
             guidance_scale=setting.guidance,
@@ -119,7 +132,7 @@ def _judge(
         "guidance_scale": GUIDANCE,
         "scheduler": SCHEDULER,
         "num_inference_steps": STEPS,
-        "amm_blocks": list(AMM_BLOCKS),
+        "amm_blocks": amm_blocks,
         "settings": results,
     }
     return report
@@ -132,12 +145,12 @@ def _losses(folder: Path, config: RunConfig) -> dict[str, float]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_log(folder)
+    lines = [line for line in read_log(folder) if "loss" in line]
     steps = [line["step"] for line in lines]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     facts = {}
     tenth = max(1, len(lines) // 10)
-    for name in ("full", "masked"):
+    for name in config.objective.passes.split("+"):
         values = [line[f"loss_{name}"] for line in lines]
         axes.plot(steps, values, label=f"{name} input", linewidth=1.2)
         facts[f"loss_{name}_first"] = float(np.mean(values[:tenth]))

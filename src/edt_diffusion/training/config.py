@@ -19,14 +19,14 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = "adan"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, ...] | None = None
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: str = "paper"
-    final_lr: float = Field(5e-5, ge=0)
-    decay_steps: int | None = Field(400_000, ge=1)
-    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(default=5e-5, ge=0)
+    decay_steps: int | None = Field(default=400_000, ge=1)
+    warmup_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _known(self) -> "OptimizerConfig":
@@ -35,6 +35,8 @@ class OptimizerConfig(BaseModel):
         wanted = {"adan": 3, "adamw": 2}[self.name]
         if self.betas is not None and len(self.betas) != wanted:
             raise ValueError(f"{self.name} takes {wanted} betas, {len(self.betas)} were given")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)}: expected numbers from 0 up to, but not, 1")
         return self
 
     def make(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -59,5 +61,5 @@ class EMAConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    decay: float = Field(0.9999, ge=0, lt=1)
+    decay: float = Field(default=0.9999, ge=0, lt=1)
     warmup: bool = True

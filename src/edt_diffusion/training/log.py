@@ -93,16 +93,14 @@ class ProgressReport:
         if self._quiet:
             return
         if self._bar is not None:
-            facts = {} if loss is None else {"facts": f"loss {loss:.4f}  {images_per_second:.0f} images/s"}
-            self._bar.update(self._task, completed=done, **facts)
+            self._bar.update(self._task, completed=done)
+            if loss is not None:
+                self._bar.update(self._task, facts=f"loss {loss:.4f}  {images_per_second:.0f} images/s")
         elif loss is not None and (time.monotonic() - self._last > self._every or done == self._total):
             self._last = time.monotonic()
             left = (self._last - self._start) / max(done - self._first, 1) * (self._total - done)
-            print(
-                f"step {done}/{self._total}  loss {loss:.4f}  {images_per_second:.0f} images/s  {left / 60:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            speed = f"{images_per_second:.0f} images/s  {left / 60:.1f} min left"
+            print(f"step {done}/{self._total}  loss {loss:.4f}  {speed}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

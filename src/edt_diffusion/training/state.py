@@ -81,16 +81,17 @@ class CheckpointStore:
         """None if the checkpoint of `step` is whole, else what is wrong with it."""
         folder = self.path(step)
         try:
-            files = json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError):
+            manifest = json.loads((folder / "manifest.json").read_text()).items()
+            files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return f"{folder / 'manifest.json'} is missing or unreadable"
-        for name, facts in files.items():
+        for name, (size, digest) in files.items():
             file = folder / name
             if not file.is_file():
                 return f"{file} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{file} has {file.stat().st_size} bytes, {facts['bytes']} were written"
-            if sha256_file(file) != facts["sha256"]:
+            if file.stat().st_size != size:
+                return f"{file} has {file.stat().st_size} bytes, {size} were written"
+            if sha256_file(file) != digest:
                 return f"the content of {file} has changed since it was written"
         return None
 
@@ -110,8 +111,8 @@ class CheckpointStore:
             problems.append(problem)
         if problems:
             raise UserError(
-                f"no usable checkpoint in {self.folder}: {problems[0]}; restore the folder from a copy, or delete it to "
-                "start the run anew"
+                f"no usable checkpoint in {self.folder}: {problems[0]}; restore the folder from a copy, or delete it "
+                "to start the run anew"
             )
         return None
 
@@ -127,7 +128,9 @@ class CheckpointStore:
             try:
                 tensors[file.stem] = load_file(file)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} cannot be read ({error}): delete {folder} to use an older checkpoint") from None
+                raise UserError(
+                    f"{file} cannot be read ({error}): delete {folder} to use an older checkpoint"
+                ) from None
         return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
 
 
@@ -147,8 +150,8 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], what: st
         else:
             detail = f"{(missing or extra)[0]} is {'missing there' if missing else 'not part of this model'}"
         raise UserError(
-            f"{what} is of another architecture: {len(missing)} tensors missing, {len(extra)} unknown, {len(shapes)} of "
-            f"another shape ({detail}); use the configuration it was trained with"
+            f"{what} is of another architecture: {len(missing)} tensors missing, {len(extra)} unknown, {len(shapes)} "
+            f"of another shape ({detail}); use the configuration it was trained with"
         )
     model.load_state_dict(dict(tensors))
 
@@ -160,19 +163,29 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str,
     for index, entries in state["state"].items():
         for name, value in entries.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
-    return tensors, {"groups": state["param_groups"], "numbers": numbers}
+    return tensors, {"kind": _kind(optimizer), "groups": state["param_groups"], "numbers": numbers}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, numbers: dict[str, Any]) -> None:
-    """Inverse of `pack_optimizer`.
+    """Inverse of `pack_optimizer`, save that settings such as weight decay stay as this optimizer was built.
 
     Raises:
-        ValueError: if the parameter groups are not this optimizer's.
+        ValueError: if the state is another kind of optimizer's, or of other parameters.
     """
+    if numbers.get("kind", _kind(optimizer)) != _kind(optimizer):
+        raise ValueError(f"its optimizer state is {numbers['kind']}'s, this run uses {_kind(optimizer)}")
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers["numbers"].items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = [{key: tuple(v) if isinstance(v, list) and key != "params" else v for key, v in group.items()}
-              for group in numbers["groups"]]  # fmt: skip
+    own = optimizer.state_dict()["param_groups"]
+    if len(own) != len(numbers["groups"]):
+        raise ValueError(f"its optimizer has {len(numbers['groups'])} parameter groups, this run's has {len(own)}")
+    progress = ("params", "lr", "step")
+    groups = [{**group, **{name: saved[name] for name in progress if name in saved}}
+              for group, saved in zip(own, numbers["groups"], strict=True)]  # fmt: skip
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps optimizers

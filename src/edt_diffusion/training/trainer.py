@@ -5,6 +5,7 @@ run continues as if it had never stopped. To resume, run the same command again.
 """
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..objectives import MaskedTraining, StepLoss
@@ -32,16 +34,32 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    steps: int = Field(400_000, ge=1, description="optimizer steps")
-    batch_size: int = Field(256, ge=1, description="global batch, over all processes and micro-batches")
-    micro_batches: int = Field(1, ge=1, description="parts into which a process splits its batch to save memory")
+    steps: int = Field(default=400_000, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=256, ge=1, description="global batch, over all processes and micro-batches")
+    micro_batches: int = Field(
+        default=1, ge=1, description="parts into which a process splits its batch to save memory"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
-    max_grad_norm: float = Field(0.0, ge=0, description="clip gradients to this norm; 0 = never")
-    log_every: int = Field(50, ge=1)
-    sample_every: int = Field(1000, ge=0, description="0 = never")
-    save_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    max_grad_norm: float = Field(default=0.0, ge=0, description="clip gradients to this norm; 0 = never")
+    log_every: int = Field(default=50, ge=1)
+    sample_every: int = Field(default=1000, ge=0, description="0 = never")
+    save_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
+    @model_validator(mode="after")
+    def _splits_evenly(self) -> "TrainConfig":
+        if self.batch_size % self.micro_batches:
+            raise UserError(
+                f"train.batch_size={self.batch_size} cannot be split into train.micro_batches={self.micro_batches} "
+                f"equal parts: use a multiple, such as {-(-self.batch_size // self.micro_batches) * self.micro_batches}"
+            )
+        return self
 
 
 class Trainer:
@@ -99,12 +117,15 @@ class Trainer:
         self._stop = False
 
     def fit(self) -> bool:
-        """Train from the newest checkpoint, if there is one, to the last step.
+        """Train from the step reached (see `restore`) to the last one.
 
         Returns:
             True when the last step is made, False when a signal stopped the run (its state is saved).
+
+        Raises:
+            UserError: if a checkpoint cannot be written, for instance to a full disk.
         """
-        self.restore()
+        self._stop = False
         self.model.train()
         main = self.accelerator.is_main_process
         log = MetricLog(self.folder, self.step) if main else None
@@ -122,7 +143,11 @@ class Trainer:
                     speed = images / max(now - clock, 1e-9)
                     values: dict[str, float] = {}
                     if logged:
-                        values = self._averaged(loss) | {"lr": rate, "grad_norm": float(grad_norm), "images_per_second": speed}
+                        values = self._averaged(loss) | {
+                            "lr": rate,
+                            "grad_norm": float(grad_norm),
+                            "images_per_second": speed,
+                        }
                         self.seconds += now - clock
                         values["seconds"] = self.seconds
                         images, clock = 0, now
@@ -149,7 +174,7 @@ class Trainer:
         for index in range(micro):
             batch = next(loader)
             device = self.accelerator.device
-            labels = batch["class_labels"]
+            labels = None if self.network.null_label is None else batch["class_labels"]
             last = index == micro - 1
             # Gradients are exchanged once a step, with the last micro-batch.
             with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
@@ -219,34 +244,44 @@ class Trainer:
 
     def _save(self, log: MetricLog | None) -> None:
         if self.accelerator.is_main_process:
-            if log is not None:
-                log.sync()
-            optimizer_tensors, optimizer_numbers = pack_optimizer(self.optimizer)
-            ema = self.ema.state_dict()
-            sampler = self.objective.timesteps.state_dict()
-            arrays = {k: torch.from_numpy(v) for k, v in sampler.items() if isinstance(v, np.ndarray)}
-            numbers = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "ema_updates": ema["num_updates"],
-                "optimizer": optimizer_numbers,
-                "timesteps": {k: v for k, v in sampler.items() if not isinstance(v, np.ndarray)},
-            }
-            if self.accelerator.scaler is not None:
-                numbers["scaler"] = self.accelerator.scaler.state_dict()
-            groups = {
-                "model": self.network.state_dict(),
-                "ema": ema["parameters"],
-                "optimizer": optimizer_tensors,
-                "timesteps": arrays,
-            }
-            self.store.save(self.step, Checkpoint(groups, numbers))
-            with self._evaluating():
-                self.export()
+            try:
+                if log is not None:
+                    log.sync()
+                # First the model: whenever a kill comes, no checkpoint is newer than the model beside it.
+                with self._evaluating():
+                    self.export()
+                self.store.save(self.step, self._checkpoint())
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"step {self.step} cannot be saved in {self.folder} ({error}): make room and run the same command "
+                    "again; it goes on from the last step saved"
+                ) from error
         self.accelerator.wait_for_everyone()
 
+    def _checkpoint(self) -> Checkpoint:
+        """Everything that a resumed run needs."""
+        optimizer_tensors, optimizer_numbers = pack_optimizer(self.optimizer)
+        ema = self.ema.state_dict()
+        sampler = self.objective.timesteps.state_dict()
+        numbers = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "ema_updates": ema["num_updates"],
+            "optimizer": optimizer_numbers,
+            "timesteps": {k: v for k, v in sampler.items() if not isinstance(v, np.ndarray)},
+        }
+        if self.accelerator.scaler is not None:
+            numbers["scaler"] = self.accelerator.scaler.state_dict()
+        tensors = {
+            "model": self.network.state_dict(),
+            "ema": ema["parameters"],
+            "optimizer": optimizer_tensors,
+            "timesteps": {k: torch.from_numpy(v) for k, v in sampler.items() if isinstance(v, np.ndarray)},
+        }
+        return Checkpoint(tensors, numbers)
+
     def restore(self) -> None:
-        """Load the newest whole checkpoint of the run folder, if there is one.
+        """Load the newest whole checkpoint of the run folder, if there is one; nothing is written.
 
         Raises:
             UserError: if there are checkpoints but none is usable, or they are of another architecture.
@@ -277,19 +312,20 @@ class Trainer:
 
     @contextmanager
     def _graceful_stop(self) -> Iterator[None]:
-        """First SIGINT or SIGTERM: finish the step, save and return. Second: stop at once."""
+        """First SIGINT or SIGTERM: finish the step, save and return. Second: what it does outside of training."""
+        before: dict[int, Any] = {}
 
         def handler(number: int, _frame: Any) -> None:
             if self._stop:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, before[number])
                 signal.raise_signal(number)
             self._stop = True
 
-        try:
-            before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the caller keeps its own handlers
+        if threading.current_thread() is not threading.main_thread():  # the caller keeps its own handlers
             yield
             return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
         try:
             yield
         finally:

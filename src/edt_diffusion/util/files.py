@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, replacing a file that is there, in one step.
@@ -85,6 +87,23 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(target.parent)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make sure that `path` is a folder that can be written to, before the work whose outcome goes there.
+
+    Raises:
+        UserError: it is something else, cannot be made, or is write-protected.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        reason = "" if os.access(path, os.W_OK) else "it is write-protected"
+    except (FileExistsError, NotADirectoryError):
+        reason = "a file is in the way"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(f"{str(path)!r} cannot be used as a folder: {reason}; name another place")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from edt_diffusion.util.errors import UserError
+from .errors import UserError
 
 T = TypeVar("T")
 

@@ -46,8 +46,10 @@ def stream(seed: int, purpose: Purpose, step: int = 0, position: int = 0, pass_i
     Returns:
         A `numpy.random.Generator` whose bits depend on the five arguments only.
     """
-    counter = [0, position & _WORD, step & _WORD, pass_index & _WORD]
-    return np.random.Generator(np.random.Philox(counter=counter, key=[seed & _WORD, int(purpose)]))
+    # As unsigned words: numpy makes float64, and so rounds, of a list in which large and small integers meet.
+    counter = np.array([0, position & _WORD, step & _WORD, pass_index & _WORD], dtype=np.uint64)
+    key = np.array([seed & _WORD, int(purpose)], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
 
 def normals(

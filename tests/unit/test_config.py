@@ -1,0 +1,207 @@
+import re
+from inspect import signature
+
+import pytest
+import yaml
+
+from edt_diffusion.config import RunConfig, differences, load_config, parse_config, presets, to_yaml
+from edt_diffusion.models import EDTTransformer2DModel
+from edt_diffusion.util.errors import UserError
+
+MINIMAL = "data:\n  path: pictures\n  size: 16\n"
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str):
+        path = tmp_path / "edt.yaml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return write
+
+
+def complaint(tree: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_config(tree)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_are_the_paper_s(yaml_file):
+    config = load_config(yaml_file(MINIMAL))
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.final_lr) == ("adan", 1e-3, 5e-5)
+    assert (config.optimizer.schedule, config.optimizer.decay_steps) == ("paper", 400_000)
+    assert config.objective.masks.down == ((0.4, 0.5), (0.1, 0.2))
+    assert config.objective.masks.stage0 is None
+    assert config.objective.label_dropout == 0.1
+    assert config.ema.decay == 0.9999
+    assert config.train.batch_size == 256
+
+
+def test_overrides_win_over_the_file_and_are_read_as_yaml(yaml_file):
+    path = yaml_file(MINIMAL + "train:\n  steps: 10\n  log_every: 7\n")
+    config = load_config(
+        path,
+        ["train.steps=20", "optimizer.lr=2e-4", "model.depths=[1, 2, 1]", "data.label_column=null", "data.flip=true"],
+    )
+    assert (config.train.steps, config.train.log_every) == (20, 7)
+    assert config.optimizer.lr == 2e-4
+    assert config.model["depths"] == [1, 2, 1]
+    assert config.data.label_column is None
+    assert config.data.flip is True
+
+
+def test_an_override_may_hold_an_equals_sign_and_text_that_is_no_yaml(yaml_file):
+    config = load_config(yaml_file(MINIMAL), ["data.path=a=b: [c"])
+    assert config.data.path == "a=b: [c"
+
+
+def test_a_bare_no_is_a_precision(yaml_file):
+    """YAML 1.1 reads `no` as false."""
+    assert yaml.safe_load("no") is False
+    path = yaml_file(MINIMAL + "train:\n  mixed_precision: no\n")
+    assert load_config(path).train.mixed_precision == "no"
+    assert load_config(path, ["train.mixed_precision=no"]).train.mixed_precision == "no"
+
+
+def test_a_group_whose_keys_are_commented_out_keeps_its_defaults(yaml_file):
+    path = yaml_file(MINIMAL + "train:\n  # steps: 10\nseed: null\n")
+    assert load_config(path) == load_config(yaml_file(MINIMAL))
+    path = yaml_file(MINIMAL + "train:\n  # steps: 10\n")
+    assert load_config(path, ["train.steps=3"]).train.steps == 3
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_every_preset_loads_and_its_model_can_be_built(name):
+    config = load_config(name)
+    assert config.data.size in (8, 32)
+    arguments = {key: value for key, value in config.model.items() if key not in ("name", "size")}
+    size, channels = config.data.size, config.data.channels
+    model = EDTTransformer2DModel(**arguments, sample_size=size, in_channels=channels, num_classes=10)
+    assert len(config.objective.masks.down) == len(model.mask_grids)
+
+
+def test_the_shipped_presets_are_these():
+    assert set(presets()) == {"digits", "small-32"}
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_to_yaml_is_read_back_equal(name, yaml_file):
+    config = load_config(name, ["train.mixed_precision=no", "data.path='2024'"])
+    again = load_config(yaml_file(to_yaml(config)))
+    assert again == config
+    assert differences(config, again) == []
+
+
+def test_differences_name_the_keys_and_both_values(yaml_file):
+    path = yaml_file(MINIMAL + "model:\n  patch_size: 2\n")
+    old = load_config(path)
+    new = load_config(path, ["objective.masks.stage0=[0.15, 0.25]", "seed=3", "model.dims=[8]"])
+    assert differences(old, new) == [
+        "seed: 0 -> 3",
+        "objective.masks.stage0: None -> [0.15, 0.25]",
+        "model.dims: None -> [8]",
+    ]
+    assert differences(new, old)[0] == "seed: 3 -> 0"
+
+
+def test_the_only_backbone_need_not_be_named(yaml_file):
+    named = load_config(yaml_file(MINIMAL + "model:\n  name: EDT\n  patch_size: 2\n"))
+    assert differences(named, load_config(yaml_file(MINIMAL + "model:\n  patch_size: 2\n"))) == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "given", "suggestion"),
+    [
+        ({"sead": 1}, "'sead'", "'seed'"),
+        ({"trian": {"steps": 1}}, "'trian'", "'train'"),
+        ({"train": {"stepz": 1}}, "'train.stepz'", "'train.steps'"),
+        ({"data": {"size": 8, "limmit": 1}}, "'data.limmit'", "'data.limit'"),
+        ({"objective": {"masks": {"stage_0": None}}}, "'objective.masks.stage_0'", "'objective.masks.stage0'"),
+        ({"model": {"depht": [1]}}, "'model.depht'", "'model.depths'"),
+        ({"samples": {"seeed": 1}}, "'samples.seeed'", "'samples.seed'"),
+    ],
+)
+def test_unknown_keys_at_every_depth_get_the_nearest_suggestion(tree, given, suggestion):
+    message = complaint({"data": {"size": 8}, **tree})
+    assert message == f"unknown key {given} in the configuration (did you mean {suggestion}?)"
+
+
+def test_an_unknown_key_unlike_any_other_gets_no_suggestion():
+    assert complaint({"data": {"size": 8}, "zzz": 1}) == "unknown key 'zzz' in the configuration"
+
+
+def test_model_keys_are_the_constructor_s():
+    parameters = [name for name in signature(EDTTransformer2DModel.__init__).parameters if name != "self"]
+    assert {"sample_size", "patch_size", "in_channels", "num_classes", "learn_sigma", "depths", "dims"} < set(
+        parameters
+    )
+    config = parse_config({"data": {"size": 8}, "model": dict.fromkeys(parameters) | {"name": "EDT", "size": "S"}})
+    assert set(config.model) == {*parameters, "name", "size"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"train": {"steps": 0}}, ("train.steps=0", "greater than or equal to 1")),
+        ({"train": {"steps": "many"}}, ("train.steps='many'", "integer")),
+        ({"train": {"mixed_precision": "fp8"}}, ("'fp8'", "'no', 'bf16' or 'fp16'")),
+        ({"train": {"batch_size": 10, "micro_batches": 4}}, ("batch_size=10", "micro_batches=4", "such as 12")),
+        ({"train": 3}, ("train=3", "dictionary")),
+        ({"optimizer": {"lr": -1}}, ("optimizer.lr=-1", "greater than 0")),
+        ({"optimizer": {"name": "adam"}}, ("'adam'", "adan, adamw")),
+        ({"optimizer": {"schedule": "cosin"}}, ("'cosin'", "paper, constant, cosine", "did you mean 'cosine'")),
+        ({"optimizer": {"betas": [0.9, 0.99]}}, ("adan takes 3 betas", "2 were given")),
+        ({"optimizer": {"betas": [0.9, 0.9, 1.0]}}, ("betas=[0.9, 0.9, 1.0]", "from 0 up to")),
+        ({"ema": {"decay": 1}}, ("ema.decay=1", "less than 1")),
+        ({"samples": {"scheduler": "dimm"}}, ("'dimm'", "ddpm, ddim, dpm++", "did you mean 'ddim'")),
+        ({"samples": {"num_inference_steps": 1001}}, ("=1001", "less than or equal to 1000")),
+        ({"objective": {"passes": "both"}}, ("'both'", "'full+masked', 'full' or 'masked'")),
+        ({"objective": {"masks": {"down": [[0.5, 0.4], [0, 1]]}}}, ("(0.5, 0.4)", "low <= high")),
+        ({"objective": {"timesteps": "unifrom"}}, ("'unifrom'", "did you mean 'uniform'")),
+        ({"model": {"name": "DTI"}}, ("'DTI'", "EDT")),
+        ({"model": 3}, ("model=3", "dictionary")),
+        ({"data": {"size": "big"}}, ("data.size='big'", "integer")),
+        ({"data": {"size": 0}}, ("data.size=0", "greater than 0")),
+        ({"data": {"path": "x"}}, ("lacks 'data.size'",)),
+    ],
+)
+def test_bad_values_are_one_line_with_value_and_expectation(tree, words):
+    message = complaint({"data": {"size": 8}, **tree})
+    for word in words:
+        assert word in message
+    assert "pydantic" not in message
+    assert "constrained" not in message
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "seed.x=1", "train.steps.x=1"])
+def test_bad_overrides_are_quoted(override, yaml_file):
+    path = yaml_file(MINIMAL + "seed: 1\ntrain:\n  steps: 2\n")
+    with pytest.raises(UserError, match=re.escape(repr(override))):
+        load_config(path, [override])
+
+
+def test_files_that_hold_no_configuration(tmp_path, yaml_file):
+    for text, word in (("- 1\n", "no mapping"), ("data: {size: 8\na: [\n", "not valid YAML"), ("1: 2\n", "strings")):
+        with pytest.raises(UserError, match=word):
+            load_config(yaml_file(text + ("data: {size: 8}\n" if word == "strings" else "")))
+    binary = tmp_path / "picture.png"
+    binary.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(binary)
+    with pytest.raises(UserError, match="the configuration lacks 'data'"):
+        load_config(yaml_file(""))
+
+
+def test_a_misspelt_preset_gets_the_right_one_and_a_folder_the_right_option(tmp_path):
+    with pytest.raises(UserError, match=r"'small-23'.*digits, small-32.*did you mean 'small-32'"):
+        load_config("small-23")
+    with pytest.raises(UserError, match="--data"):
+        load_config(tmp_path)
+
+
+def test_the_config_is_a_plain_tree_that_pydantic_round_trips():
+    config = load_config("digits")
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
