@@ -1,10 +1,8 @@
 """Configuration becomes objects, here and nowhere else. Read it from top to bottom to see how data flow."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from .training.ema import EMA
 from .training.trainer import Trainer
 from .util.errors import UserError
 from .util.files import atomic_directory, atomic_write_text, make_folder
-from .util.lookup import lookup, nearest
+from .util.lookup import lookup
 from .util.pictures import grid
 from .util.rng import image_seed
 
@@ -213,102 +211,3 @@ def _refuse_changes(config: RunConfig, folder: Path) -> None:
             f"{folder} holds a run with other settings ({listed}): "
             "choose another --out, or go on all the same with --allow-changes"
         )
-
-
-def load_pipeline(source: str | Path) -> ClassConditionalPipeline:
-    """The pipeline in a run folder, diffusers folder, or under a hub name.
-
-    Raises:
-        UserError: if there is none, or it is damaged or of a kind unknown here.
-    """
-    path = Path(source)
-    if path.exists():
-        inner = path / "model" if (path / "model" / "model_index.json").is_file() else path
-        if not (inner / "model_index.json").is_file():
-            why = (
-                "its training has saved no model yet"
-                if (path / "config.yaml").is_file()
-                else "no model_index.json there"
-            )
-            raise UserError(f"{path} holds no model ({why}): expected a run folder or a diffusers folder")
-        _check_kind(inner / "model_index.json")
-    elif path.is_absolute() or path.parent.is_dir() or str(source).count("/") != 1:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        guess = nearest(path.name, siblings)
-        hint = f" (did you mean '{path.parent / guess}'?)" if guess else ""
-        raise UserError(
-            f"{source} does not exist: expected a run folder, a diffusers folder, or a hub name user/model{hint}"
-        )
-    try:
-        pipeline = ClassConditionalPipeline.from_pretrained(source)
-    except Exception as error:
-        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
-        whole = "a whole folder that edt train or edt convert wrote"
-        raise UserError(f"{source} cannot be loaded as an EDT pipeline ({reason}): expected {whole}") from None
-    for name, tensor in pipeline.transformer.state_dict().items():
-        if tensor.device.type == "meta":
-            raise UserError(f"{source} lacks the weights {name}: the folder is incomplete")
-    return pipeline
-
-
-def _check_kind(index: Path) -> None:
-    """Refuse a folder of another pipeline class by its name, before diffusers stumbles over its parts."""
-    try:
-        kind = json.loads(index.read_text("utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index} is damaged (no JSON with a '_class_name'): copy the folder anew") from None
-    if kind != ClassConditionalPipeline.__name__:
-        raise UserError(
-            f"{index.parent} holds a {kind}: expected a {ClassConditionalPipeline.__name__}, as edt train writes"
-        )
-
-
-def named_model(name: str, image_size: str) -> Any | None:
-    """The untrained network of a published size such as "EDT-S/2", at an image size of 256 or "256x384" pixels.
-
-    Returns None if `name` does not name a published size.
-    """
-    given, dash, size = name.partition("-")
-    family = {known.lower(): known for known in BACKBONES}.get(given.lower())
-    if not dash or family is None or Path(name).exists():
-        return None
-    try:
-        sides = [int(side) for side in image_size.lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or any(side < 8 or side % 8 for side in sides):
-        raise UserError(f"image size {image_size!r}: expected pixels in multiples of 8, as 256 or 256x384")
-    sample_size = [side // 8 for side in (sides * 2)[:2]]
-    try:
-        with torch.device("meta"):
-            return BACKBONES[family].from_size(f"{family}-{size}", sample_size=sample_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def describe(model: Any, guidance_scale: float = 1.0) -> dict[str, Any]:
-    """What `edt info` shows: parameters, multiply-adds, stages, grids and attention modulation, as plain values."""
-    config, count = model.config, model.multiply_adds()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tables = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("pos_embed"))
-    published = model.published_modulation(guidance_scale)
-    size = config.sample_size
-    return {
-        "sample_size": [size, size] if isinstance(size, int) else list(size),
-        "patch_size": config.patch_size,
-        "in_channels": config.in_channels,
-        "num_classes": config.num_classes,
-        "learn_sigma": config.learn_sigma,
-        "parameters": {"total": trainable + tables, "trainable": trainable},
-        "multiply_adds": sum(count.values()),
-        "multiply_adds_by_part": count,
-        "stages": [
-            {"stage": i, "blocks": depth, "width": width, "heads": heads, "grid": list(grid),
-             "multiply_adds": count[f"stage {i}"]}
-            for i, (depth, width, heads, grid) in enumerate(
-                zip(config.depths, config.dims, config.num_heads, model.grids, strict=True)
-            )
-        ],
-        "amm": None if model.attention_modulation is None else model.attention_modulation.to_config(),
-        "amm_published": None if published is None else published.to_config(),
-    }  # fmt: skip

@@ -12,8 +12,7 @@ from .data import DataConfig
 from .models import BACKBONES
 from .objectives.config import ObjectiveConfig
 from .pipelines import SCHEDULERS
-from .training.config import EMAConfig, OptimizerConfig
-from .training.trainer import TrainConfig
+from .training.config import EMAConfig, OptimizerConfig, TrainConfig
 from .util.errors import UserError
 from .util.lookup import lookup, nearest
 

@@ -265,7 +265,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path):
     torch.save(content, zipped)
     plain.write_bytes(pickle.dumps({"ema": {}, "args": Malicious(str(trace))}))
     for path in (zipped, plain):
-        with pytest.raises(UserError, match=f"{path.name} cannot be read as plain weights .*holds code"):
+        with pytest.raises(UserError, match=f"{path.name} cannot be read as plain weights: .*holds code"):
             read_official(path)
     assert not trace.exists()
     torch.load(zipped, weights_only=False)  # the file does run its code where that is allowed
@@ -283,7 +283,7 @@ def test_truncated_file(checkpoint, share):
 def test_other_files(tmp_path):
     with pytest.raises(UserError, match=r"absent\.pt does not exist"):
         read_official(tmp_path / "absent.pt")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is a folder"):
         read_official(tmp_path)
     text = tmp_path / "text.pt"
     text.write_text("not a checkpoint")

@@ -1,11 +1,9 @@
 """`edt demo`."""
 
-import sys
 from pathlib import Path
 
 import typer
 
-from . import STOPPED
 from .output import finish, quiet_libraries
 
 
@@ -27,7 +25,6 @@ def demo(
     report = run_demo(out, overrides, quiet)
     if report is None:
         finish(f"stopped and saved; run the same command again to go on ({out})", {"finished": False}, as_json)
-        sys.exit(STOPPED)
     lines = [
         f"training            {report['train_steps']} steps in {report['train_seconds']:.0f} s",
         f"recognised          {report['class_fidelity']:.1%} of {report['generated_digits']} generated digits "

@@ -19,7 +19,8 @@ def info(
 
     Example: edt info EDT-S/2 --image-size 512
     """
-    from ..assemble import describe, load_pipeline, named_model
+    from ..models.summary import describe, named_model
+    from ..pipelines.loading import load_pipeline
 
     quiet_libraries()
     named = named_model(model, image_size)

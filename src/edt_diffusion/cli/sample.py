@@ -32,7 +32,7 @@ def sample(
     """
     import numpy as np
 
-    from ..assemble import load_pipeline
+    from ..pipelines.loading import load_pipeline
     from ..util.errors import UserError
     from ..util.files import make_folder
     from ..util.pictures import grid, to_pil

@@ -1,12 +1,10 @@
 """`edt train`."""
 
 import json
-import sys
 from pathlib import Path
 
 import typer
 
-from . import STOPPED
 from .output import finish, quiet_libraries
 
 
@@ -59,4 +57,3 @@ def train(
         finish(f"trained {trainer.step} steps; samples and model are in {folder}", facts, as_json)
     else:
         finish(f"stopped and saved at step {trainer.step}; run the same command again to go on", facts, as_json)
-        sys.exit(STOPPED)

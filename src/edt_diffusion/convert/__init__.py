@@ -57,14 +57,15 @@ def read_official(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {path} {problem}: expected a .pt file of the authors")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception:
+        # torch's own messages are not passed on: for a file with code in it they advise to run that code.
         raise UserError(
-            f"{path} cannot be read as plain weights ({reason[:200]}); it is truncated, or holds code"
+            f"{path} cannot be read as plain weights: it is truncated, is no checkpoint, or holds code (which is not run)"
         ) from None
     if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
         return content

@@ -91,6 +91,8 @@ def infer_config(state: Mapping[str, Tensor], sample_size: int | Sequence[int] |
         outputs = state["final_layer.linear.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"entry {error} is missing: this is not an EDT checkpoint") from None
+    if patch.ndim != 4:
+        raise ValueError(f"x_embedder.proj.weight has shape {tuple(patch.shape)}: this is not an EDT checkpoint")
     if not any(name.startswith("down_blocks.") for name in state):
         raise ValueError("no down_blocks in the state dict: this is not an EDT checkpoint")
     # Neighbouring stages of equal width still differ in the size of their bias tables.

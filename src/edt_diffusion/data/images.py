@@ -35,7 +35,7 @@ class DataConfig(BaseModel):
     itself, the faster choice when the pictures are cached in memory).
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # a folder may be called 2024
 
     path: str | None = None
     size: PositiveInt | tuple[PositiveInt, PositiveInt]

@@ -35,9 +35,8 @@ from ..nn.resample import merge_2x2, split_2x2
 from ..util.lookup import lookup
 from . import flops
 from .amm import ModulatedAttentionMixin, ModulationPreset
+from .layout import Grid, check_layout
 from .masking import TokenMasks
-
-Grid = tuple[int, int]
 
 # Gathered relative-position biases kept in eval mode, summed over a model's blocks. XL would need 66 MB at 256 px and
 # 1.05 GB at 512 px; blocks beyond the limit gather theirs anew in each forward.
@@ -215,9 +214,7 @@ class EDTTransformer2DModel(
         attention_modulation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.grids = _check_layout(
-            sample_size, patch_size, in_channels, num_classes, depths, dims, num_heads, mlp_ratio
-        )
+        self.grids = check_layout(sample_size, patch_size, in_channels, num_classes, depths, dims, num_heads, mlp_ratio)
         if stage0_mask_block is None:
             stage0_mask_block = min(4, depths[0] - 1)
         elif not 0 <= stage0_mask_block < depths[0]:
@@ -377,53 +374,3 @@ class EDTTransformer2DModel(
                 raise ValueError(
                     f"class label {low if low < 0 else high}: expected 0 to {classes} ({classes} = no class)"
                 )
-
-
-def _check_layout(
-    sample_size: int | Sequence[int],
-    patch_size: int,
-    in_channels: int,
-    num_classes: int | None,
-    depths: Sequence[int],
-    dims: Sequence[int],
-    num_heads: Sequence[int],
-    mlp_ratio: float,
-) -> list[Grid]:
-    """Validate the arguments of the model and return the token grid of each stage."""
-    size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
-        raise ValueError(f"sample_size={sample_size!r}: expected a positive integer or (height, width)")
-    if not isinstance(patch_size, int) or patch_size < 1:
-        raise ValueError(f"patch_size={patch_size!r}: expected a positive integer")
-    if not isinstance(in_channels, int) or in_channels < 1:
-        raise ValueError(f"in_channels={in_channels!r}: expected a positive integer")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ValueError(
-            f"num_classes={num_classes!r}: expected a positive integer, or None for an unconditional model"
-        )
-    if not len(depths) == len(dims) == len(num_heads) or len(depths) % 2 == 0:
-        raise ValueError(
-            f"depths, dims and num_heads have {len(depths)}, {len(dims)} and {len(num_heads)} entries: expected the "
-            "same odd number of stages (five in the paper)"
-        )
-    for stage, (depth, dim, heads) in enumerate(zip(depths, dims, num_heads, strict=True)):
-        if depth < 1 or heads < 1 or dim % 4 or dim % heads:
-            raise ValueError(
-                f"stage {stage} has depth {depth}, width {dim}, {heads} heads: expected at least one block and a width "
-                "that 4 and the number of heads divide"
-            )
-    if int(min(dims) * mlp_ratio) < 1:
-        raise ValueError(
-            f"mlp_ratio={mlp_ratio!r}: expected a positive number, hidden over outer width (4 in the paper)"
-        )
-    downs = len(depths) // 2
-    multiple = patch_size * 2**downs
-    if any(n % multiple for n in size):
-        nearest = " x ".join(str(max(multiple, round(n / multiple) * multiple)) for n in size)
-        raise ValueError(
-            f"sample_size={sample_size!r} cannot be divided by {multiple} (patch size {patch_size} times 2 for each of "
-            f"{downs} down-samplings): use {nearest}"
-        )
-    first = (size[0] // patch_size, size[1] // patch_size)
-    levels = [*range(downs + 1), *range(downs - 1, -1, -1)]
-    return [(first[0] >> level, first[1] >> level) for level in levels]

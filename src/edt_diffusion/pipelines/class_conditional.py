@@ -166,6 +166,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise UserError(f"output_type={output_type!r}: expected pil, uint8, np, pt or latent")
         sampler = self.scheduler if scheduler is None else scheduler_like(scheduler, self.scheduler, self._learns_sigma)
         steps = default_steps(sampler) if num_inference_steps is None else num_inference_steps
+        longest = sampler.config["num_train_timesteps"]
+        if steps > longest:
+            raise UserError(f"num_inference_steps={steps}: the model's noising process has {longest} steps")
         batches = []
         for start in range(0, count, batch_size or count):
             part = slice(start, start + (batch_size or count))

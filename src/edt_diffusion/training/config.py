@@ -1,13 +1,48 @@
-"""Settings of optimizer and EMA (`optimizer:` and `ema:` in a configuration), and how they become objects."""
+"""Settings of the loop, the optimizer and the EMA (`train:`, `optimizer:` and `ema:` in a configuration)."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..util.errors import UserError
 from ..util.lookup import lookup
 from .optim import LR_SCHEDULES, OPTIMIZERS, build_optimizer, learning_rate
+
+
+class TrainConfig(BaseModel):
+    """Settings of the loop (`train:` in a configuration)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(default=400_000, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=256, ge=1, description="global batch, over all processes and micro-batches")
+    micro_batches: int = Field(
+        default=1, ge=1, description="parts into which a process splits its batch to save memory"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    max_grad_norm: float = Field(default=0.0, ge=0, description="clip gradients to this norm; 0 = never")
+    log_every: int = Field(default=50, ge=1)
+    sample_every: int = Field(default=1000, ge=0, description="0 = never")
+    save_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
+    @model_validator(mode="after")
+    def _splits_evenly(self) -> "TrainConfig":
+        if self.batch_size % self.micro_batches:
+            raise UserError(
+                f"train.batch_size={self.batch_size} cannot be split into train.micro_batches={self.micro_batches} "
+                f"equal parts: use a multiple, such as {-(-self.batch_size // self.micro_batches) * self.micro_batches}"
+            )
+        return self
 
 
 class OptimizerConfig(BaseModel):

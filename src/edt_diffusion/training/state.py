@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..objectives import TimestepSampler
 from ..util.errors import UserError
 from ..util.files import atomic_directory, atomic_write_json, sha256_file
+from .ema import EMA
 
 logger = logging.getLogger(__name__)
 
@@ -189,3 +192,58 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, numbers
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
     return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps optimizers
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a run that change from step to step, and hence are in its checkpoints."""
+
+    network: torch.nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    timesteps: TimestepSampler
+    scaler: Any | None = None
+
+    def capture(self, step: int, seconds: float) -> Checkpoint:
+        """Everything that a run resumed at `step` needs."""
+        optimizer_tensors, optimizer_numbers = pack_optimizer(self.optimizer)
+        ema, sampler = self.ema.state_dict(), self.timesteps.state_dict()
+        numbers = {
+            "step": step,
+            "seconds": seconds,
+            "ema_updates": ema["num_updates"],
+            "optimizer": optimizer_numbers,
+            "timesteps": {k: v for k, v in sampler.items() if not isinstance(v, np.ndarray)},
+        }
+        if self.scaler is not None:
+            numbers["scaler"] = self.scaler.state_dict()
+        tensors = {
+            "model": self.network.state_dict(),
+            "ema": ema["parameters"],
+            "optimizer": optimizer_tensors,
+            "timesteps": {k: torch.from_numpy(v) for k, v in sampler.items() if isinstance(v, np.ndarray)},
+        }
+        return Checkpoint(tensors, numbers)
+
+    def apply(self, checkpoint: Checkpoint, what: str) -> dict[str, Any]:
+        """Put a checkpoint's content into the objects, and return its numbers.
+
+        Args:
+            checkpoint: as `capture` made it.
+            what: names the checkpoint in error messages.
+
+        Raises:
+            UserError: if it is of another architecture, optimizer or timestep sampler.
+        """
+        load_weights(self.network, checkpoint.tensors["model"], what)
+        numbers = checkpoint.numbers
+        try:
+            self.ema.load_state_dict({"num_updates": numbers["ema_updates"], "parameters": checkpoint.tensors["ema"]})
+            unpack_optimizer(self.optimizer, checkpoint.tensors["optimizer"], numbers["optimizer"])
+            arrays = {k: v.numpy() for k, v in checkpoint.tensors.get("timesteps", {}).items()}
+            self.timesteps.load_state_dict({**numbers["timesteps"], **arrays})
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{what} does not fit this run: {error}") from None
+        if self.scaler is not None and "scaler" in numbers:
+            self.scaler.load_state_dict(numbers["scaler"])
+        return numbers

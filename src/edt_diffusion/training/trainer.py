@@ -4,62 +4,27 @@ Everything random is keyed by (seed, step, position), and the whole state is in 
 run continues as if it had never stopped. To resume, run the same command again.
 """
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..objectives import MaskedTraining, StepLoss
 from ..util.errors import UserError
+from .config import TrainConfig
 from .ema import EMA
+from .interrupt import StopRequest
 from .log import MetricLog, ProgressReport
-from .state import Checkpoint, CheckpointStore, load_weights, pack_optimizer, unpack_optimizer
+from .state import CheckpointStore, Parts
 
 # Called with the number of steps made; takes pictures, evaluates, and so on. Returns values for the log, or None.
 Callback = Callable[[int], Mapping[str, float] | None]
-
-
-class TrainConfig(BaseModel):
-    """Settings of the loop (`train:` in a configuration)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    steps: int = Field(default=400_000, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=256, ge=1, description="global batch, over all processes and micro-batches")
-    micro_batches: int = Field(
-        default=1, ge=1, description="parts into which a process splits its batch to save memory"
-    )
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
-    max_grad_norm: float = Field(default=0.0, ge=0, description="clip gradients to this norm; 0 = never")
-    log_every: int = Field(default=50, ge=1)
-    sample_every: int = Field(default=1000, ge=0, description="0 = never")
-    save_every: int = Field(default=1000, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML reads a bare `no` as false
-
-    @model_validator(mode="after")
-    def _splits_evenly(self) -> "TrainConfig":
-        if self.batch_size % self.micro_batches:
-            raise UserError(
-                f"train.batch_size={self.batch_size} cannot be split into train.micro_batches={self.micro_batches} "
-                f"equal parts: use a multiple, such as {-(-self.batch_size // self.micro_batches) * self.micro_batches}"
-            )
-        return self
 
 
 class Trainer:
@@ -114,7 +79,7 @@ class Trainer:
         self.store = CheckpointStore(folder / "checkpoints", config.keep_checkpoints)
         self.step = 0
         self.seconds = 0.0
-        self._stop = False
+        self.stop = StopRequest()
 
     def fit(self) -> bool:
         """Train from the step reached (see `restore`) to the last one.
@@ -125,14 +90,13 @@ class Trainer:
         Raises:
             UserError: if a checkpoint cannot be written, for instance to a full disk.
         """
-        self._stop = False
         self.model.train()
         main = self.accelerator.is_main_process
         log = MetricLog(self.folder, self.step) if main else None
         progress = ProgressReport(self.config.steps, self.step, self.quiet or not main)
         saved_at, images, clock = self.step, 0, time.perf_counter()
         try:
-            with self._graceful_stop():
+            with self.stop:
                 loader = self.make_loader(self.step)
                 while self.step < self.config.steps and not self._must_stop():
                     loss, grad_norm, rate = self._train_step(loader)
@@ -250,35 +214,13 @@ class Trainer:
                 # First the model: whenever a kill comes, no checkpoint is newer than the model beside it.
                 with self._evaluating():
                     self.export()
-                self.store.save(self.step, self._checkpoint())
+                self.store.save(self.step, self._parts().capture(self.step, self.seconds))
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"step {self.step} cannot be saved in {self.folder} ({error}): make room and run the same command "
                     "again; it goes on from the last step saved"
                 ) from error
         self.accelerator.wait_for_everyone()
-
-    def _checkpoint(self) -> Checkpoint:
-        """Everything that a resumed run needs."""
-        optimizer_tensors, optimizer_numbers = pack_optimizer(self.optimizer)
-        ema = self.ema.state_dict()
-        sampler = self.objective.timesteps.state_dict()
-        numbers = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "ema_updates": ema["num_updates"],
-            "optimizer": optimizer_numbers,
-            "timesteps": {k: v for k, v in sampler.items() if not isinstance(v, np.ndarray)},
-        }
-        if self.accelerator.scaler is not None:
-            numbers["scaler"] = self.accelerator.scaler.state_dict()
-        tensors = {
-            "model": self.network.state_dict(),
-            "ema": ema["parameters"],
-            "optimizer": optimizer_tensors,
-            "timesteps": {k: torch.from_numpy(v) for k, v in sampler.items() if isinstance(v, np.ndarray)},
-        }
-        return Checkpoint(tensors, numbers)
 
     def restore(self) -> None:
         """Load the newest whole checkpoint of the run folder, if there is one; nothing is written.
@@ -289,45 +231,15 @@ class Trainer:
         step = self.store.newest()
         if step is None:
             return
-        checkpoint = self.store.load(step)
-        load_weights(self.network, checkpoint.tensors["model"], f"the checkpoint {self.store.path(step)}")
-        numbers = checkpoint.numbers
-        try:
-            self.ema.load_state_dict({"num_updates": numbers["ema_updates"], "parameters": checkpoint.tensors["ema"]})
-            unpack_optimizer(self.optimizer, checkpoint.tensors["optimizer"], numbers["optimizer"])
-            arrays = {k: v.numpy() for k, v in checkpoint.tensors.get("timesteps", {}).items()}
-            self.objective.timesteps.load_state_dict({**numbers["timesteps"], **arrays})
-        except (KeyError, ValueError) as error:
-            raise UserError(f"the checkpoint {self.store.path(step)} does not fit this run: {error}") from None
-        if self.accelerator.scaler is not None and "scaler" in numbers:
-            self.accelerator.scaler.load_state_dict(numbers["scaler"])
+        numbers = self._parts().apply(self.store.load(step), f"the checkpoint {self.store.path(step)}")
         self.step, self.seconds = numbers["step"], numbers["seconds"]
+
+    def _parts(self) -> Parts:
+        return Parts(self.network, self.ema, self.optimizer, self.objective.timesteps, self.accelerator.scaler)
 
     def _must_stop(self) -> bool:
         """Whether any process was asked to stop: all must leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
-            return self._stop
-        flag = torch.tensor([float(self._stop)], device=self.accelerator.device)
+            return self.stop.requested
+        flag = torch.tensor([float(self.stop.requested)], device=self.accelerator.device)
         return float(self.accelerator.reduce(flag, reduction="sum")) > 0  # pyright: ignore[reportArgumentType]
-
-    @contextmanager
-    def _graceful_stop(self) -> Iterator[None]:
-        """First SIGINT or SIGTERM: finish the step, save and return. Second: what it does outside of training."""
-        before: dict[int, Any] = {}
-
-        def handler(number: int, _frame: Any) -> None:
-            if self._stop:
-                signal.signal(number, before[number])
-                signal.raise_signal(number)
-            self._stop = True
-
-        if threading.current_thread() is not threading.main_thread():  # the caller keeps its own handlers
-            yield
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handler)
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)

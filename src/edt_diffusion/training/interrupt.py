@@ -1,0 +1,37 @@
+"""Being asked to stop, by Ctrl-C or by a scheduler, without losing work."""
+
+import signal
+import threading
+from types import TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """Context manager that turns the first SIGINT or SIGTERM into the flag `requested`; the second acts as usual.
+
+    Outside the main thread nothing is changed: the caller keeps its own handlers.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self.requested = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.requested:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self.requested = True
