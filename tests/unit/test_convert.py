@@ -276,7 +276,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path):
 def test_truncated_file(checkpoint, share):
     data = checkpoint.read_bytes()
     checkpoint.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match=r"0400000\.pt cannot be read as plain weights .*truncated"):
+    with pytest.raises(UserError, match=r"0400000\.pt cannot be read as plain weights: .*truncated"):
         read_official(checkpoint)
 
 

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -585,3 +587,13 @@ def test_predictions_of_pixels_are_clamped_and_of_latents_not(name, clip):
     torch.testing.assert_close(out, torch.full_like(sample, expected), rtol=1e-5, atol=1e-5)
     chained = scheduler_like("ddim", scheduler, learned_variance=False)
     assert chained.config["clip_sample"] is clip
+
+
+def test_a_saved_pipeline_opens_in_a_fresh_process_that_imports_nothing_else(tmp_path):
+    pipeline_of(tiny_model(), class_names=NAMES).save_pretrained(tmp_path)
+    code = (
+        "import sys; from edt_diffusion import ClassConditionalPipeline; "
+        "print(type(ClassConditionalPipeline.from_pretrained(sys.argv[1]).transformer).__name__)"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert process.stdout.split() == ["EDTTransformer2DModel"], process.stderr

@@ -65,7 +65,7 @@ def read_official(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
     except Exception:
         # torch's own messages are not passed on: for a file with code in it they advise to run that code.
         raise UserError(
-            f"{path} cannot be read as plain weights: it is truncated, is no checkpoint, or holds code (which is not run)"
+            f"{path} cannot be read as plain weights: it is truncated, no checkpoint, or holds code (which is not run)"
         ) from None
     if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
         return content

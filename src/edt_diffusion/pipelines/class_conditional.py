@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from .. import models as _models  # noqa: F401  (diffusers opens only parts whose modules are imported)
 from ..data.codec import PixelCodec, VAECodec, to_uint8
 from ..util.errors import UserError
 from ..util.lookup import nearest
