@@ -318,3 +318,12 @@ def test_a_reader_that_has_gone_is_no_error(arguments):
     os.close(write)
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+def test_a_stopped_demo_says_how_to_go_on(edt, monkeypatch, tmp_path):
+    from edt_diffusion.studies import demo
+
+    monkeypatch.setattr(demo, "run_demo", lambda *_arguments: None)
+    said = edt("demo", "--out", tmp_path)
+    assert (said.code, said.err) == (0, [])
+    assert said.out == [f"stopped and saved; run the same command again to go on ({tmp_path})"]

@@ -25,6 +25,7 @@ def demo(
     report = run_demo(out, overrides, quiet)
     if report is None:
         finish(f"stopped and saved; run the same command again to go on ({out})", {"finished": False}, as_json)
+        return
     lines = [
         f"training            {report['train_steps']} steps in {report['train_seconds']:.0f} s",
         f"recognised          {report['class_fidelity']:.1%} of {report['generated_digits']} generated digits "
