@@ -155,7 +155,7 @@ def _losses(folder: Path, config: RunConfig) -> dict[str, float]:
         axes.plot(steps, values, label=f"{name} input", linewidth=1.2)
         facts[f"loss_{name}_first"] = float(np.mean(values[:tenth]))
         facts[f"loss_{name}_last"] = float(np.mean(values[-tenth:]))
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Full and masked loss fall together")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Loss of the pass with full and with masked input")
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)
     pyplot.close(figure)
