@@ -1,5 +1,6 @@
 """Configuration becomes objects, here and nowhere else. Read it from top to bottom to see how data flow."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -150,8 +151,7 @@ def build_trainer(
     if not allow_changes:
         _refuse_changes(config, folder)
 
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[ddp])
+    accelerator = _build_accelerator(config)
 
     def make_loader(start_step: int) -> Iterator[dict[str, Any]]:
         return training_loader(
@@ -197,6 +197,22 @@ def build_trainer(
     if accelerator.is_main_process:
         atomic_write_text(folder / "config.yaml", to_yaml(config))
     return trainer
+
+
+def _build_accelerator(config: RunConfig) -> Accelerator:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        # Told nothing, accelerate runs processes without a GPU as so many single ones, all in one run folder.
+        cpu=processes > 1 and not torch.accelerator.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.num_processes != processes:
+        raise UserError(
+            f"{processes} processes were launched, but accelerate joins {accelerator.num_processes}: start the run "
+            "with torchrun --nproc_per_node N -m edt_diffusion train ..., or accelerate launch after accelerate config"
+        )
+    return accelerator
 
 
 def _refuse_changes(config: RunConfig, folder: Path) -> None:

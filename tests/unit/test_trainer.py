@@ -355,7 +355,7 @@ os._exit(0)  # gloo may abort at interpreter exit
 def test_two_processes_train_as_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     here = str(Path(__file__).parent)
     results = {}
     for name, processes, micro in (("one", 1, 1), ("two", 2, 2)):

@@ -11,7 +11,11 @@ def finish(message: str, facts: dict[str, Any], as_json: bool) -> None:
 
 def quiet_libraries() -> None:
     """Keep diffusers from logging errors that we report ourselves, and from drawing bars while it loads files."""
+    import warnings
+
     from diffusers.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    # accelerate hands torch's DDP an argument that torch means to rename.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

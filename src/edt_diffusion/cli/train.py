@@ -52,6 +52,10 @@ def train(
     quiet_libraries()
     trainer = build_trainer(config, folder, quiet=quiet, allow_changes=allow_changes)
     finished = trainer.fit()
+    main_process = trainer.accelerator.is_main_process
+    trainer.accelerator.end_training()
+    if not main_process:
+        return
     facts = {"folder": str(folder), "step": trainer.step, "seconds": round(trainer.seconds, 1), "finished": finished}
     if finished:
         finish(f"trained {trainer.step} steps; samples and model are in {folder}", facts, as_json)
