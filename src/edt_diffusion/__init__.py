@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from .pipelines import RespacedDDIMScheduler as RespacedDDIMScheduler
 
 
+_PACKAGES = ("convert", "data", "evaluation", "models", "objectives", "pipelines", "training")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name in _EXPORTS:
         return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

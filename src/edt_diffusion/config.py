@@ -3,18 +3,26 @@
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .data import DataConfig
 from .models import BACKBONES
-from .objectives.config import ObjectiveConfig
+from .objectives.config import ObjectiveConfig, default_masks
 from .pipelines import SCHEDULERS
 from .training.config import EMAConfig, OptimizerConfig, TrainConfig
+from .training.record import read_record
+from .training.state import CheckpointStore
 from .util.errors import UserError
 from .util.lookup import lookup, nearest
+
+# Settings that do not change what is trained: the length of the run, how often it saves and tells.
+_HARMLESS = (
+    "train.steps:", "train.log_every:", "train.save_every:", "train.sample_every:", "train.keep_checkpoints:",
+    "samples.", "data.workers:", "data.cache:",
+)  # fmt: skip
 
 
 class SamplesConfig(BaseModel):
@@ -41,7 +49,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     model: dict[str, Any] = Field(default_factory=lambda: {"name": "EDT", "size": "S"})
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -124,6 +132,54 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 
 
+def run_source(source: str, folder: Path) -> str:
+    """Where to read the settings of a run in `folder` that is asked for by `source`.
+
+    A preset may change with the package, a run may not: where the folder holds a run of the same preset, that run's own
+    configuration. A file of the user's is always read.
+    """
+    if Path(source).is_file() or source not in presets() or not _holds_run(folder):
+        return source
+    return str(folder / "config.yaml") if read_record(folder).get("preset", source) == source else source
+
+
+def begun_config(folder: Path) -> RunConfig | None:
+    """The settings of the run in `folder`; None if it holds none, or one that has saved nothing yet."""
+    return settled(load_config(folder / "config.yaml")) if _holds_run(folder) else None
+
+
+def settled(config: RunConfig, begun: RunConfig | None = None) -> RunConfig:
+    """Put values for nulls that mean "as the run has it": those of the run that is continued, if there is one."""
+    first = begun or config
+    decay_steps = config.optimizer.decay_steps or first.optimizer.decay_steps or first.train.steps
+    masks = config.objective.masks or first.objective.masks or default_masks(config.model)
+    return config.model_copy(
+        update={
+            "optimizer": config.optimizer.model_copy(update={"decay_steps": decay_steps}),
+            "objective": config.objective.model_copy(update={"masks": masks}),
+        }
+    )
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and bool(CheckpointStore(folder / "checkpoints").steps())
+
+
+def refuse_changes(begun: RunConfig, config: RunConfig, folder: Path) -> None:
+    """Refuse to go on with other settings than the run in `folder` began with.
+
+    Raises:
+        UserError: a setting differs that decides what is trained.
+    """
+    changed = [line for line in differences(begun, config) if not line.startswith(_HARMLESS)]
+    if changed:
+        listed = "; ".join([*changed[:4], *(["..."] if len(changed) > 4 else [])])
+        raise UserError(
+            f"{folder} holds a run with other settings ({listed}): "
+            "choose another --out, or go on all the same with --allow-changes"
+        )
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
@@ -176,5 +232,7 @@ def _place(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
         siblings = list(getattr(model, "model_fields", {}))
         if siblings or isinstance(part, int):
             parts.append(str(part))
-        model = model.model_fields[part].annotation if part in siblings else None
+        annotation = model.model_fields[part].annotation if part in siblings else None
+        # Of a group that may be null, the group.
+        model = next((kind for kind in get_args(annotation) if hasattr(kind, "model_fields")), annotation)
     return ".".join(parts), siblings

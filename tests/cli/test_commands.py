@@ -137,12 +137,38 @@ def test_train_digits_then_again(edt, work):
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_a_finished_run_says_so(edt, run, config, pictures):
+    written = (run / "config.yaml").read_bytes()
+    command = ("train", config, "--data", pictures, "--out", run, "--quiet")
+    assert edt(*command).out == [f"the run has its 4 steps already; the model is in {run}"]
+    assert edt(*command, "train.steps=3").out == [
+        f"the run has 4 steps already, train.steps=3 adds none; it stays as it is in {run}"
+    ]
+    assert (run / "config.yaml").read_bytes() == written
+
+
+def test_a_preset_that_changed_with_an_upgrade_does_not_change_its_runs(edt, work, monkeypatch):
+    from edt_diffusion import config as module
+
+    tiny = ["model.depths=[1,1,1,1,1]", "model.dims=[16,16,16,16,16]", "model.num_heads=[2,2,2,2,2]", "data.limit=60"]
+    command = ["train", "digits", *tiny, "train.batch_size=8", "--quiet"]
+    assert edt(*command, "train.steps=2").code == 0
+    changed = module.presets()
+    changed["digits"] = changed["digits"].replace("lr: 5.0e-3", "lr: 1.0e-3")
+    monkeypatch.setattr(module, "presets", lambda: changed)
+    assert edt(*command, "train.steps=3").code == 0
+    said = edt(*command, "train.steps=3", "optimizer.lr=0.5")
+    assert (said.code, len(said.err)) == (2, 1)
+    assert "optimizer.lr: 0.005 -> 0.5" in said.err[0]
+    assert edt("train", "small-32", "--data", "digits", "--out", "runs/digits").code == 2
+
+
 def test_training_in_two_goes_is_training_in_one(edt, run, config, pictures, tmp_path):
     halves = tmp_path / "halves"
     assert edt("train", config, "--data", pictures, "--out", halves, "train.steps=2").code == 0
     # Three ways to name the run that goes on.
     assert edt("train", config, "--data", pictures, "--out", halves, "train.steps=3", "--resume").code == 0
-    assert edt("train", halves, "train.steps=3").out == [f"trained 3 steps; samples and model are in {halves}"]
+    assert edt("train", halves, "train.steps=3").out == [f"trained 3 steps; the model is in {halves}"]
     assert edt("train", "--out", halves, "train.steps=4").code == 0
     assert_equal_weights(halves, run)
 
@@ -150,11 +176,11 @@ def test_training_in_two_goes_is_training_in_one(edt, run, config, pictures, tmp
 def test_output_is_plain_lines_and_the_outcome_comes_last(edt, config, pictures, tmp_path):
     command = ("train", config, "--data", pictures)
     said = edt(*command, "--out", tmp_path / "a")
-    assert said.out == [f"trained 4 steps; samples and model are in {tmp_path / 'a'}"]
+    assert said.out == [f"trained 4 steps; the model is in {tmp_path / 'a'}"]
     assert said.err
     assert all(line.startswith("step ") for line in said.err)
     quiet = edt(*command, "--out", tmp_path / "b", "--quiet")
-    assert (quiet.out, quiet.err) == ([f"trained 4 steps; samples and model are in {tmp_path / 'b'}"], [])
+    assert (quiet.out, quiet.err) == ([f"trained 4 steps; the model is in {tmp_path / 'b'}"], [])
 
 
 def test_a_data_folder_with_a_number_for_a_name(edt, config, pictures, work):
@@ -327,3 +353,33 @@ def test_a_stopped_demo_says_how_to_go_on(edt, monkeypatch, tmp_path):
     said = edt("demo", "--out", tmp_path)
     assert (said.code, said.err) == (0, [])
     assert said.out == [f"stopped and saved; run the same command again to go on ({tmp_path})"]
+
+
+def test_class_names_with_commas_are_kept_together():
+    from edt_diffusion.cli.sample import _class_list
+
+    names = ["great white shark, white shark, man-eater", "tench", "cat,dog"]
+    assert _class_list("tench, great white shark,white shark, man-eater,7", names) == ["tench", names[0], "7"]
+    assert _class_list("cat, dog,tench", names) == ["cat,dog", "tench"]
+    assert _class_list("a,b", names) == ["a", "b"]
+    assert _class_list(" , ", names) == []
+
+
+def test_amm_options_reach_the_model():
+    from edt_diffusion import EDTTransformer2DModel
+    from edt_diffusion.cli.sample import _set_modulation
+    from edt_diffusion.nn.modulation import AttentionModulation
+
+    model = EDTTransformer2DModel(depths=(1, 1, 1), dims=(16, 16, 16), num_heads=(2, 2, 2), sample_size=16)
+    for amm, formula, radius, expected in [
+        ("0,2", "exp", None, AttentionModulation((0, 2))),
+        ("saved", "cos", None, AttentionModulation((0, 2))),
+        ("2", "cos", "0.9R", AttentionModulation((2,), "cos", "0.9R")),
+        ("2", "cos", "3.5", AttentionModulation((2,), "cos", 3.5)),
+        ("off", "exp", None, None),
+    ]:
+        _set_modulation(model, amm, formula, radius, guidance=1.0)
+        assert model.attention_modulation == expected
+    small = EDTTransformer2DModel.from_size("S", sample_size=64)
+    _set_modulation(small, "s-512", "exp", None, guidance=1.0)
+    assert small.attention_modulation == AttentionModulation((10,), "cos")

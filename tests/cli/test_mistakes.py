@@ -60,7 +60,7 @@ def train(edt, config, pictures, work):
         (("info", "EDT-S/2", "--image-size", "8x8x8"), ("'8x8x8'", "256x384")),
         (("info", "EDT-S/2", "--image-size", "24"), ("sample_size=[3, 3]", "divided by 8")),
         (("info", "EDT-Q/2"), ("'Q'", "S, B, XL")),
-        (("info", "edt-s/2"), ("'s'", "did you mean 'S'?")),
+        (("info", "EDT-XXL/2"), ("'XXL'", "did you mean 'XL'?")),
         (("info", "nothing"), ("nothing does not exist", "user/model")),
     ],
 )
@@ -111,6 +111,7 @@ def test_pictures_without_classes(train, work, pictures):
         ("train.stepz=3", ("'train.stepz'", "did you mean 'train.steps'?")),
         ("model.depht=[1]", ("'model.depht'", "did you mean 'model.depths'?")),
         ("objective.masks.dwn=[]", ("'objective.masks.dwn'", "did you mean 'objective.masks.down'?")),
+        ("seed=-1", ("seed=-1", "greater than or equal to 0")),
         ("train.steps=0", ("train.steps=0", "greater than or equal to 1")),
         ("train.steps", ("'train.steps'", "key.path=value")),
         ("=3", ("'=3'", "key.path=value")),
@@ -123,7 +124,7 @@ def test_pictures_without_classes(train, work, pictures):
         ("model.dims=[17,16,16,16,16]", ("width 17", "2 heads")),
         ("model.attention_modulation={blocks: [99]}", ("block 99", "blocks 0 to 4")),
         ("model.attention_modulation={blocks: [2]}", ("block 2", "2x2 grid is too small", "at least 3")),
-        ("model.attention_modulation={radius: 2}", ("lacks 'blocks'",)),
+        ("model.attention_modulation={radius: 2}", ("{'radius': 2}", "expected blocks")),
         ("train.mixed_precision=fp16", ("fp16 needs a GPU", "use bf16 or no")),
         ("train.micro_batches=3", ("train.batch_size=4", "train.micro_batches=3", "such as 6")),
         ("objective.masks.down=[[0.1, 0.2]]", ("has 1 ranges", "2 down-samplings")),
@@ -166,6 +167,25 @@ def test_changed_settings_in_a_run(train, run):
     said = train("--out", run, "optimizer.name=adamw", "--allow-changes")
     assert_mistake(said, "does not fit this run", "Adan's, this run uses AdamW")
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_pictures_that_changed_since_the_run_began(train, run, pictures):
+    shutil.copytree(pictures, "more")
+    shutil.copytree(pictures / "tench", "more/newt")
+    assert_mistake(train("--out", run, data="more"), "2 -> 3 classes", "class 1: tench -> newt", "--allow-changes")
+
+
+def test_a_folder_in_which_another_process_trains(train, run):
+    from edt_diffusion.training.lock import RunLock
+
+    with RunLock(run):
+        assert_mistake(train("--out", run), f"another process is training in {run}", "wait for it", "another --out")
+
+
+def test_a_run_that_diverges(train):
+    said = train("--quiet", "optimizer.lr=1e39")
+    assert_mistake(said, "became", "lower optimizer.lr (now 1e+39)", "set train.max_grad_norm", "no checkpoint yet")
+    assert not Path("new/model").exists()
 
 
 def cut(file: Path, size: int) -> None:
@@ -234,7 +254,7 @@ def test_a_full_disk(train, monkeypatch):
         (("--guidance-channels", "four"), ("'four'", "all or authors")),
         (("--amm", "99"), ("--amm 99", "blocks 0 to 4")),
         (("--amm", "2"), ("--amm 2", "2x2 grid is too small", "at least 3")),
-        (("--amm", "on"), ("--amm on", "saved, off, auto or block numbers")),
+        (("--amm", "on"), ("--amm on", "or block numbers such as 7,10")),
     ],
 )
 def test_sampling(edt, run, work, arguments, words):

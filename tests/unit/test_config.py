@@ -1,11 +1,22 @@
+import json
 import re
 from inspect import signature
 
 import pytest
 import yaml
 
-from edt_diffusion.config import RunConfig, differences, load_config, parse_config, presets, to_yaml
+from edt_diffusion.config import (
+    RunConfig,
+    differences,
+    load_config,
+    parse_config,
+    presets,
+    run_source,
+    settled,
+    to_yaml,
+)
 from edt_diffusion.models import EDTTransformer2DModel
+from edt_diffusion.objectives.config import default_masks
 from edt_diffusion.util.errors import UserError
 
 MINIMAL = "data:\n  path: pictures\n  size: 16\n"
@@ -33,8 +44,7 @@ def test_defaults_are_the_paper_s(yaml_file):
     config = load_config(yaml_file(MINIMAL))
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.final_lr) == ("adan", 1e-3, 5e-5)
     assert (config.optimizer.schedule, config.optimizer.decay_steps) == ("paper", 400_000)
-    assert config.objective.masks.down == ((0.4, 0.5), (0.1, 0.2))
-    assert config.objective.masks.stage0 is None
+    assert config.objective.masks is None  # the published ones of the size, see below
     assert config.objective.label_dropout == 0.1
     assert config.ema.decay == 0.9999
     assert config.train.batch_size == 256
@@ -80,7 +90,7 @@ def test_every_preset_loads_and_its_model_can_be_built(name):
     arguments = {key: value for key, value in config.model.items() if key not in ("name", "size")}
     size, channels = config.data.size, config.data.channels
     model = EDTTransformer2DModel(**arguments, sample_size=size, in_channels=channels, num_classes=10)
-    assert len(config.objective.masks.down) == len(model.mask_grids)
+    assert len(default_masks(config.model).down) == len(model.mask_grids)
 
 
 def test_the_shipped_presets_are_these():
@@ -101,8 +111,9 @@ def test_differences_name_the_keys_and_both_values(yaml_file):
     new = load_config(path, ["objective.masks.stage0=[0.15, 0.25]", "seed=3", "model.dims=[8]"])
     assert differences(old, new) == [
         "seed: 0 -> 3",
-        "objective.masks.stage0: None -> [0.15, 0.25]",
         "model.dims: None -> [8]",
+        "objective.masks.down: None -> [[0.4, 0.5], [0.1, 0.2]]",
+        "objective.masks.stage0: None -> [0.15, 0.25]",
     ]
     assert differences(new, old)[0] == "seed: 3 -> 0"
 
@@ -150,6 +161,8 @@ def test_model_keys_are_the_constructor_s():
         ({"train": {"mixed_precision": "fp8"}}, ("'fp8'", "'no', 'bf16' or 'fp16'")),
         ({"train": {"batch_size": 10, "micro_batches": 4}}, ("batch_size=10", "micro_batches=4", "such as 12")),
         ({"train": 3}, ("train=3", "dictionary")),
+        ({"seed": -1}, ("seed=-1", "greater than or equal to 0")),
+        ({"seed": 2**32}, ("seed=4294967296", "less than 4294967296")),
         ({"optimizer": {"lr": -1}}, ("optimizer.lr=-1", "greater than 0")),
         ({"optimizer": {"name": "adam"}}, ("'adam'", "adan, adamw")),
         ({"optimizer": {"schedule": "cosin"}}, ("'cosin'", "paper, constant, cosine", "did you mean 'cosine'")),
@@ -205,3 +218,41 @@ def test_a_misspelt_preset_gets_the_right_one_and_a_folder_the_right_option(tmp_
 def test_the_config_is_a_plain_tree_that_pydantic_round_trips():
     config = load_config("digits")
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_masks_are_those_published_for_the_size():
+    pair = ((0.4, 0.5), (0.1, 0.2))
+    for size, stage0 in (("S", None), ("B", None), ("XL", (0.15, 0.25)), ("EDT-XL/2", (0.15, 0.25))):
+        masks = default_masks({"name": "EDT", "size": size})
+        assert (masks.down, masks.stage0) == (pair, stage0)
+    assert default_masks({"depths": [1, 1, 1]}).down == pair[:1]
+    assert default_masks({"depths": [1] * 7}).down == (*pair, pair[1])
+
+
+def test_nulls_become_numbers_and_those_of_the_run_that_goes_on_stay():
+    config = load_config("digits", ["train.steps=70"])
+    assert config.optimizer.decay_steps is None
+    first = settled(config)
+    assert first.optimizer.decay_steps == 70
+    assert first.objective.masks == default_masks(config.model)
+    longer = load_config("digits", ["train.steps=90"])
+    assert settled(longer, first).optimizer.decay_steps == 70
+    assert settled(longer, config).optimizer.decay_steps == 70  # as an older version left it
+    own = settled(load_config("digits", ["objective.masks.down=[[0.1, 0.2], [0, 0]]"]))
+    assert settled(longer, own).objective.masks == own.objective.masks
+    explicit = load_config("digits", ["optimizer.decay_steps=5"])
+    assert settled(explicit, first).optimizer.decay_steps == 5
+
+
+def test_a_preset_is_read_from_the_run_it_began(tmp_path):
+    assert run_source("digits", tmp_path) == "digits"
+    (tmp_path / "config.yaml").write_text("x")
+    assert run_source("digits", tmp_path) == "digits"  # nothing saved yet
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    own = str(tmp_path / "config.yaml")
+    assert run_source("digits", tmp_path) == own  # an older version did not write which preset it was
+    for written, expected in (("digits", own), ("small-32", "digits"), (None, "digits")):
+        (tmp_path / "data.json").write_text(json.dumps({"preset": written}))
+        assert run_source("digits", tmp_path) == expected
+    assert run_source(own, tmp_path / "elsewhere") == own
+    assert run_source("digitz", tmp_path) == "digitz"

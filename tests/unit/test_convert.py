@@ -113,8 +113,9 @@ def test_a_rectangle_of_as_many_tokens_is_not_taken_for_another():
     with pytest.raises(ValueError, match="tensors do not fit"):
         from_official(state, sample_size=(4, 16))
     turned = to_official(tiny_model(sample_size=(6, 10)))
-    # (6, 10) and (10, 6) have tables of equal size; only the position tables tell, with a warning.
-    assert from_official(turned, sample_size=(10, 6)).grids[0] == (10, 6)
+    # (6, 10) and (10, 6) have tables of equal size; only the position tables tell.
+    with pytest.raises(ValueError, match="exchanged"):
+        from_official(turned, sample_size=(10, 6))
 
 
 @pytest.mark.parametrize(
@@ -293,3 +294,11 @@ def test_other_files(tmp_path):
         torch.save(content, tmp_path / "other.pt")
         with pytest.raises(UserError, match="holds no 'ema' weights"):
             read_official(tmp_path / "other.pt")
+
+
+def test_height_and_width_exchanged_are_refused():
+    model = tiny_model(sample_size=(8, 16))
+    state = to_official(model)
+    with pytest.raises(ValueError, match=r"position table pos_embed .*sample_size=\(16, 8\).*exchanged"):
+        from_official(state, sample_size=(16, 8))
+    assert torch.equal(to_official(from_official(state, sample_size=(8, 16)))["pos_embed"], state["pos_embed"])

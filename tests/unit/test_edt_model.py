@@ -1,5 +1,6 @@
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -122,7 +123,15 @@ def test_from_size():
         ({"mlp_ratio": -2.0}, "mlp_ratio=-2.0"),
         ({"depths": (1, 1)}, "have 2, 3 and 3 entries: expected the same odd number"),
         ({"depths": (1, 1), "dims": (16, 16), "num_heads": (2, 2)}, "same odd number"),
-        ({"depths": (1, 0, 1)}, "stage 1 has depth 0"),
+        ({"depths": (1, 0, 1)}, r"depths=\(1, 0, 1\): expected one positive integer per stage"),
+        ({"depths": 3}, "depths=3: expected one positive integer per stage"),
+        ({"depths": (1, 1.5, 1)}, r"depths=\(1, 1.5, 1\)"),
+        ({"dims": ("a", "b", "c")}, r"dims=\('a', 'b', 'c'\)"),
+        ({"learn_sigma": "maybe"}, "learn_sigma='maybe': expected true or false"),
+        ({"mlp_ratio": "abc"}, "mlp_ratio='abc': expected a positive number"),
+        ({"attention_modulation": [7]}, r"attention_modulation=\[7\]: expected blocks"),
+        ({"attention_modulation": {"blocks": 0}}, "blocks=0: expected a list of block indices"),
+        ({"attention_modulation": {"block": [0]}}, "attention_modulation={'block'"),
         ({"dims": (16, 18, 16)}, "stage 1 has depth 1, width 18"),
         ({"num_heads": (2, 5, 2)}, "stage 1 has depth 1, width 24, 5 heads"),
         ({"stage0_mask_block": 2}, "stage0_mask_block=2: stage 0 has blocks 0 to 1"),
@@ -429,7 +438,8 @@ def test_wrong_masks(masks, message):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("blocks", [None, [0, 3]])
-def test_gradient_checkpointing_gives_the_same_gradients(masked, blocks):
+@pytest.mark.parametrize("suspended", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(masked, blocks, suspended):
     model = tiny_model().train()
     model.set_attention_modulation(blocks)
     inputs = tiny_inputs(model)
@@ -443,7 +453,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(masked, blocks):
 
     def gradients() -> list[torch.Tensor]:
         calls.clear()
-        loss = model(**inputs, token_masks=masks).sample.square().sum()
+        # As in training: the suspension of AMM has ended when the backward pass recomputes the blocks.
+        with model.suspend_attention_modulation() if suspended else nullcontext():
+            loss = model(**inputs, token_masks=masks).sample.square().sum()
         return list(torch.autograd.grad(loss, list(model.parameters())))
 
     plain = gradients()
@@ -576,3 +588,41 @@ def test_labels_for_an_unconditional_model():
     model = tiny_model(num_classes=None)
     with pytest.raises(ValueError, match="is unconditional and takes no class_labels"):
         model(**tiny_inputs(model), class_labels=torch.tensor([0, 0]))
+
+
+def test_sizes_are_found_in_any_case():
+    with torch.device("meta"):
+        for name in ("s", "S", "edt-s/2", "EDT-S/2"):
+            assert tuple(EDTTransformer2DModel.from_size(name).config.dims) == (312, 416, 520, 416, 312)
+
+
+def test_the_whole_model_traces_into_one_graph():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        eager = model(**inputs).sample
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).sample
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_built_in_inference_mode_runs():
+    expected = tiny_model()
+    inputs = tiny_inputs(expected)
+    with torch.inference_mode():
+        model = tiny_model()
+        for _ in range(2):  # the second time with kept biases
+            assert torch.equal(model(**inputs).sample, expected(**inputs).sample)
+
+
+def test_float_masks_mix_in_stage_0_as_they_scale_in_down_sampling():
+    """A keep value k gives k x + (1 - k) position, linear in k before the block: checked at the block's input."""
+    model = tiny_model(stage0_mask_block=0)
+    inputs = tiny_inputs(model, batch=1)
+    seen: list[torch.Tensor] = []
+    model.blocks[0].norm1.register_forward_pre_hook(lambda _m, arguments: seen.append(arguments[0]))
+    ones = tuple(torch.ones(1, height * width) for height, width in model.mask_grids)
+    with torch.no_grad():
+        for keep in (1.0, 0.0, 0.3):
+            model(**inputs, token_masks=TokenMasks(ones, torch.full((1, 64), keep)))
+    torch.testing.assert_close(seen[1], model.pos_embed)
+    torch.testing.assert_close(seen[2], 0.3 * seen[0] + 0.7 * seen[1])

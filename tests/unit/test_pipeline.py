@@ -129,8 +129,8 @@ def test_guidance_one_costs_one_pass_and_more_costs_two():
         latents(pipeline, [1, 2, 3], num_inference_steps=3, guidance_scale=scale)
         assert model.calls == [(6, t, [1, 2, 3, 5, 5, 5]) for t in (999, 500, 0)]
     model.calls.clear()
-    latents(pipeline, [1, 2, 3], num_inference_steps=1, guidance_scale=2, batch_size=2)
-    assert model.calls == [(4, 0, [1, 2, 5, 5]), (2, 0, [3, 5])]
+    latents(pipeline, [1, 2, 3], num_inference_steps=2, guidance_scale=2, batch_size=2)
+    assert model.calls == [(n, t, rows) for n, rows in ((4, [1, 2, 5, 5]), (2, [3, 5])) for t in (999, 0)]
 
 
 def test_guidance_multiplies_the_prediction_of_the_stub():
@@ -232,11 +232,10 @@ def flow(noise: torch.Tensor) -> torch.Tensor:
     return MEAN + DEVIATION * (noise - level(999) ** 0.5 * MEAN) / spread(999) ** 0.5
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
+@pytest.mark.parametrize("steps", [2, 3, 10, 50])
 def test_ddim_steps_against_their_closed_form(steps):
     """From a to a', the distance to the mean shrinks by (sqrt(a a') s^2 + sqrt((1 - a) (1 - a'))) / (a s^2 + 1 - a)."""
-    # One step of the authors' spacing is the first timestep.
-    times = [0] if steps == 1 else [round(i * 999 / (steps - 1)) for i in reversed(range(steps))]
+    times = [round(i * 999 / (steps - 1)) for i in reversed(range(steps))]
     atol = 5e-4 if steps == 2 else 2e-5  # x_0 estimated from step 999 is 157 times the rounding of x
     distance = initial() - level(times[0]) ** 0.5 * MEAN
     for now, after in zip(times, [*times[1:], -1], strict=True):
@@ -597,3 +596,9 @@ def test_a_saved_pipeline_opens_in_a_fresh_process_that_imports_nothing_else(tmp
     )
     process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert process.stdout.split() == ["EDTTransformer2DModel"], process.stderr
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_single_step_that_would_denoise_nothing_is_refused(name):
+    with pytest.raises(UserError, match="num_inference_steps=1: this scheduler needs at least 2"):
+        pipeline_of(tiny_model(), class_names=NAMES)(["cat"], num_inference_steps=1, scheduler=name, seeds=[0])

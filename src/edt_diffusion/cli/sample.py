@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -19,7 +20,9 @@ def sample(
     guidance_channels: str = typer.Option("all", "--guidance-channels", help="all, or authors (first three)."),
     scheduler: str = typer.Option(None, "--scheduler", help="ddpm, ddim or dpm++ (default: the model's own)."),
     steps: int = typer.Option(None, "--steps", min=1, help="Sampling steps (default: the scheduler's usual number)."),
-    amm: str = typer.Option("saved", "--amm", help="saved, off, auto (published placement), or blocks such as 7,10."),
+    amm: str = typer.Option("saved", "--amm", help="saved, off, auto (published), a preset, or blocks such as 7,10."),
+    amm_formula: str = typer.Option("exp", "--amm-formula", help="exp or cos, with --amm blocks."),
+    amm_radius: str = typer.Option(None, "--amm-radius", help="Cells, or such as 0.9R, with --amm blocks."),
     seed: int = typer.Option(0, "--seed", help="Seed; picture i of a class depends on it and on i only."),
     batch_size: int = typer.Option(64, "--batch-size", min=1, help="Pictures computed at once."),
     out: Path = typer.Option(Path("samples"), "--out", help="Folder for the pictures and grid.png."),
@@ -41,7 +44,7 @@ def sample(
     quiet_libraries()
     pipeline = load_pipeline(model)
     count = pipeline.transformer.config.num_classes
-    wanted = None if classes is None else [part.strip() for part in classes.split(",") if part.strip()]
+    wanted = None if classes is None else _class_list(classes, pipeline.class_names or [])
     if wanted == []:
         raise UserError(f"--classes {classes!r} names no class: give names or numbers, separated by commas")
     if not math.isfinite(guidance):
@@ -52,13 +55,7 @@ def sample(
     rows = pipeline.resolve_labels(wanted if wanted is not None or count is None else list(range(count)))
     rows = None if rows is None else list(dict.fromkeys(rows))
     names = pipeline.class_names or [str(number) for number in range(count or 0)]
-    if amm in ("off", "auto"):
-        pipeline.transformer.set_attention_modulation(preset="auto" if amm == "auto" else None, guidance_scale=guidance)
-    elif amm != "saved":
-        try:
-            pipeline.transformer.set_attention_modulation([int(block) for block in amm.split(",")])
-        except ValueError as error:
-            raise UserError(f"--amm {amm}: expected saved, off, auto or block numbers such as 7,10 ({error})") from None
+    _set_modulation(pipeline.transformer, amm, amm_formula, amm_radius, guidance)
     labels = None if rows is None else [label for label in rows for _ in range(number)]
     seeds = [image_seed(seed, index) for index in range(number)] * (1 if rows is None else len(rows))
     make_folder(out)
@@ -89,3 +86,33 @@ def _file_stems(names: list[str]) -> list[str]:
     stems = [re.sub(r"[^\w-]", "_", name) for name in names]
     alike = [stem.casefold() for stem in stems]
     return [stem if alike.count(stem.casefold()) == 1 else f"{stem}_{row}" for row, stem in enumerate(stems)]
+
+
+def _class_list(text: str, names: list[str]) -> list[str]:
+    """Split at commas, but keep together what is the name of a class with commas in it."""
+    parts = [part.strip() for part in text.split(",")]
+    out: list[str] = []
+    while parts:
+        joined = [", ".join(parts[:end]) for end in range(len(parts), 1, -1)]
+        spaceless = {re.sub(r"\s*,\s*", ", ", name): name for name in names}
+        match = next((end for end, name in zip(range(len(parts), 1, -1), joined, strict=True) if name in spaceless), 1)
+        out.append(spaceless.get(", ".join(parts[:match]), parts[0]))
+        parts = parts[match:]
+    return [name for name in out if name]
+
+
+def _set_modulation(model: Any, amm: str, formula: str, radius: str | None, guidance: float) -> None:
+    """What `--amm` and its companions ask for."""
+    from ..util.errors import UserError
+
+    if amm == "saved":
+        return
+    if amm in ("off", "auto") or amm in model.amm_presets:
+        model.set_attention_modulation(preset=None if amm == "off" else amm, guidance_scale=guidance)
+        return
+    try:
+        cells = float(radius) if radius and not radius.rstrip().endswith("R") else radius
+        model.set_attention_modulation([int(block) for block in amm.split(",")], formula, cells)
+    except ValueError as error:
+        known = ", ".join(["saved", "off", "auto", *model.amm_presets])
+        raise UserError(f"--amm {amm}: expected {known}, or block numbers such as 7,10 ({error})") from None

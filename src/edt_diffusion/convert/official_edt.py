@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The authors' EMA, applied to frozen tables in fp32, drifts them by up to 1.65e-4.
 _TABLE_DRIFT_WARNING = 1e-6
+_TABLE_DRIFT_ERROR = 1e-2
 
 
 def key_map(depths: Sequence[int], conditional: bool = True) -> list[Entry]:
@@ -152,6 +153,11 @@ def from_official(state: Mapping[str, Tensor], **config: Any) -> EDTTransformer2
     for name, table in converted.items():
         if name.endswith("pos_embed"):
             drift = float((table.float() - computed[name]).abs().max())
+            if drift > _TABLE_DRIFT_ERROR:
+                raise ValueError(
+                    f"position table {name} is {drift:.2g} off its formula: its grid is not that of "
+                    f"sample_size={inferred['sample_size']!r} (height and width exchanged?)"
+                )
             if drift > _TABLE_DRIFT_WARNING:
                 logger.warning("position table %s is %.2e off its formula; the file's values are kept", name, drift)
     model.load_state_dict(converted)

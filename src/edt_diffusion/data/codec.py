@@ -90,9 +90,11 @@ class VAECodec:
     Args:
         vae: a loaded `AutoencoderKL` or `AutoencoderTiny`; its device and precision are used, and inputs are brought
             there.
+        device: where to compute, if not where the VAE's weights are now (they move under offloading).
     """
 
-    def __init__(self, vae: "AutoencoderKL | AutoencoderTiny") -> None:
+    def __init__(self, vae: "AutoencoderKL | AutoencoderTiny", device: torch.device | None = None) -> None:
+        self.device = device
         self.vae: Any = vae  # the two classes share no interface that a type checker could follow
         config = vae.config
         self.latent_channels: int = config["latent_channels"]
@@ -127,7 +129,7 @@ class VAECodec:
                 f"pictures of {height}x{width} pixels cannot be encoded: this autoencoder needs height and width to be "
                 f"multiples of {self.downsample_factor}; choose another data.size"
             )
-        encoded = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        encoded = self.vae.encode(pixels.to(self.device or self.vae.device, self.vae.dtype))
         # AutoencoderKL returns a distribution, AutoencoderTiny the latents themselves.
         latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents
         return (latents.float() - self._shift.to(latents.device)) * self._scale.to(latents.device)
@@ -143,7 +145,7 @@ class VAECodec:
             float32 of shape (N, C, h * downsample_factor, w * downsample_factor), clamped to [-1, 1], on the VAE's
             device.
         """
-        latents = latents.to(self.vae.device, torch.float32)
+        latents = latents.to(self.device or self.vae.device, torch.float32)
         unscaled = latents / self._scale.to(latents.device) + self._shift.to(latents.device)
         return self.vae.decode(unscaled.to(self.vae.dtype)).sample.float().clamp(-1.0, 1.0)
 

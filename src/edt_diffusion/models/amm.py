@@ -57,6 +57,9 @@ class ModulatedAttentionMixin:
         return self._attention_modulation
 
     _attention_modulation: AttentionModulation | None = None
+    # A forward pass notes whether AMM acts and hands that to its blocks, so that blocks recomputed in the backward pass
+    # (gradient checkpointing) do what they did, even after a suspension has ended.
+    _amm_suspensions = 0
 
     def set_attention_modulation(
         self,
@@ -85,7 +88,7 @@ class ModulatedAttentionMixin:
             if blocks is not None:
                 raise ValueError(f"blocks={list(blocks)} and preset={preset!r} were both given: give one of them")
             self._set_modulation(self._resolve_preset(preset, guidance_scale))
-        elif blocks is None or (not isinstance(blocks, str) and len(blocks) == 0):
+        elif blocks is None or (isinstance(blocks, list | tuple) and len(blocks) == 0):
             self._set_modulation(None)
         else:
             self._set_modulation(AttentionModulation(blocks, formula, radius))  # pyright: ignore[reportArgumentType]
@@ -93,15 +96,11 @@ class ModulatedAttentionMixin:
     @contextlib.contextmanager
     def suspend_attention_modulation(self) -> Iterator[None]:
         """Run the body as if AMM were off; the setting itself stays."""
-        layers = [attention for attention, _ in self.attention_layers()]
-        before = [attention.modulation_enabled for attention in layers]
-        for attention in layers:
-            attention.modulation_enabled = False
+        self._amm_suspensions += 1
         try:
             yield
         finally:
-            for attention, enabled in zip(layers, before, strict=True):
-                attention.modulation_enabled = enabled
+            self._amm_suspensions -= 1
 
     def published_modulation(self, guidance_scale: float = 1.0) -> AttentionModulation | None:
         """The authors' placement for a model of this layout, resolution and guidance scale; None if there is none."""

@@ -66,14 +66,16 @@ AMM_PRESETS: dict[str, ModulationPreset] = {
 
 
 class Skips:
-    """What blocks of one forward pass share beside the hidden states: long skips (LIFO) and the token masks.
+    """What blocks of one forward pass share beside the hidden states: long skips (LIFO), the token masks, and whether
+    AMM acts.
 
     A plain object rather than a list, because diffusers' group offloading copies lists it finds among arguments.
     """
 
-    def __init__(self, first_positions: Tensor, masks: TokenMasks | None) -> None:
+    def __init__(self, first_positions: Tensor, masks: TokenMasks | None, modulate: bool = True) -> None:
         self.first_positions = first_positions
         self.masks = masks
+        self.modulate = modulate
         self._stack: list[Tensor] = []
 
     def push(self, hidden_states: Tensor) -> None:
@@ -102,10 +104,10 @@ class EDTBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, temb: Tensor, skips: Skips) -> Tensor:
         if self.stage0_mask and skips.masks is not None and skips.masks.stage0 is not None:
-            keep = skips.masks.stage0.unsqueeze(-1).bool()  # (B, N, 1)
-            hidden_states = torch.where(keep, hidden_states, skips.first_positions.to(hidden_states.dtype))
+            keep = skips.masks.stage0.unsqueeze(-1).to(hidden_states.dtype)  # (B, N, 1)
+            hidden_states = hidden_states * keep + skips.first_positions.to(hidden_states.dtype) * (1 - keep)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(temb)
-        attention = self.attn(modulate(self.norm1(hidden_states), shift1, scale1))
+        attention = self.attn(modulate(self.norm1(hidden_states), shift1, scale1), skips.modulate)
         hidden_states = hidden_states + gate1.unsqueeze(1) * attention
         mlp = self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
         return hidden_states + gate2.unsqueeze(1) * mlp
@@ -214,7 +216,9 @@ class EDTTransformer2DModel(
         attention_modulation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.grids = check_layout(sample_size, patch_size, in_channels, num_classes, depths, dims, num_heads, mlp_ratio)
+        self.grids = check_layout(
+            sample_size, patch_size, in_channels, num_classes, learn_sigma, depths, dims, num_heads, mlp_ratio
+        )
         if stage0_mask_block is None:
             stage0_mask_block = min(4, depths[0] - 1)
         elif not 0 <= stage0_mask_block < depths[0]:
@@ -265,7 +269,7 @@ class EDTTransformer2DModel(
         Raises:
             ValueError: for an unknown size, listing the known ones.
         """
-        name = size.removeprefix("EDT-").removesuffix("/2")
+        name = size.upper().removeprefix("EDT-").removesuffix("/2")
         return cls(**{**lookup(SIZES, name, "EDT size"), **overrides})
 
     @property
@@ -315,7 +319,7 @@ class EDTTransformer2DModel(
             temb = temb + self.class_embedder(class_labels)
 
         hidden_states = self.patch_embed(hidden_states) + self.pos_embed  # (B, N, D)
-        skips = Skips(self.pos_embed, token_masks)
+        skips = Skips(self.pos_embed, token_masks, modulate=self._amm_suspensions == 0)
         if len(self.grids) > 1:
             skips.push(hidden_states)
         for block in self.blocks:
@@ -367,8 +371,10 @@ class EDTTransformer2DModel(
         if (class_labels is None) != (classes is None):
             problem = "needs class_labels" if class_labels is None else "is unconditional and takes no class_labels"
             raise ValueError(f"this model {problem} (num_classes={classes})")
-        # On an accelerator the check would wait for the device in every forward.
-        if class_labels is not None and class_labels.device.type == "cpu" and class_labels.numel():
+        # On an accelerator the check would wait for the device in every forward; a traced graph cannot hold it.
+        if torch.compiler.is_compiling() or class_labels is None or class_labels.device.type != "cpu":
+            return
+        if class_labels.numel():
             low, high = int(class_labels.min()), int(class_labels.max())
             if low < 0 or high > classes:
                 raise ValueError(

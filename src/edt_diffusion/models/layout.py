@@ -1,6 +1,7 @@
 """The layout of a staged network: which sizes, depths and widths fit together."""
 
 from collections.abc import Sequence
+from typing import Any
 
 Grid = tuple[int, int]
 
@@ -10,35 +11,40 @@ def check_layout(
     patch_size: int,
     in_channels: int,
     num_classes: int | None,
+    learn_sigma: bool,
     depths: Sequence[int],
     dims: Sequence[int],
     num_heads: Sequence[int],
     mlp_ratio: float,
 ) -> list[Grid]:
     """Validate the arguments of the model and return the token grid of each stage."""
-    size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+    size: list[Any] = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size] * 2
+    if len(size) != 2 or not all(_positive(n) for n in size):
         raise ValueError(f"sample_size={sample_size!r}: expected a positive integer or (height, width)")
-    if not isinstance(patch_size, int) or patch_size < 1:
-        raise ValueError(f"patch_size={patch_size!r}: expected a positive integer")
-    if not isinstance(in_channels, int) or in_channels < 1:
-        raise ValueError(f"in_channels={in_channels!r}: expected a positive integer")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+    for name, value in (("patch_size", patch_size), ("in_channels", in_channels)):
+        if not _positive(value):
+            raise ValueError(f"{name}={value!r}: expected a positive integer")
+    if num_classes is not None and not _positive(num_classes):
         raise ValueError(
             f"num_classes={num_classes!r}: expected a positive integer, or None for an unconditional model"
         )
+    if not isinstance(learn_sigma, bool):
+        raise ValueError(f"learn_sigma={learn_sigma!r}: expected true or false")
+    for name, value in (("depths", depths), ("dims", dims), ("num_heads", num_heads)):
+        if not isinstance(value, list | tuple) or not all(_positive(n) for n in value):
+            raise ValueError(f"{name}={value!r}: expected one positive integer per stage, such as [2, 2, 2, 3, 3]")
     if not len(depths) == len(dims) == len(num_heads) or len(depths) % 2 == 0:
         raise ValueError(
             f"depths, dims and num_heads have {len(depths)}, {len(dims)} and {len(num_heads)} entries: expected the "
             "same odd number of stages (five in the paper)"
         )
     for stage, (depth, dim, heads) in enumerate(zip(depths, dims, num_heads, strict=True)):
-        if depth < 1 or heads < 1 or dim % 4 or dim % heads:
+        if dim % 4 or dim % heads:
             raise ValueError(
-                f"stage {stage} has depth {depth}, width {dim}, {heads} heads: expected at least one block and a width "
-                "that 4 and the number of heads divide"
+                f"stage {stage} has depth {depth}, width {dim}, {heads} heads: expected a width that 4 and the number "
+                "of heads divide"
             )
-    if int(min(dims) * mlp_ratio) < 1:
+    if isinstance(mlp_ratio, bool | str) or int(min(dims) * mlp_ratio) < 1:
         raise ValueError(
             f"mlp_ratio={mlp_ratio!r}: expected a positive number, hidden over outer width (4 in the paper)"
         )
@@ -53,3 +59,7 @@ def check_layout(
     first = (size[0] // patch_size, size[1] // patch_size)
     levels = [*range(downs + 1), *range(downs - 1, -1, -1)]
     return [(first[0] >> level, first[1] >> level) for level in levels]
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

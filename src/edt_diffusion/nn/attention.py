@@ -59,15 +59,16 @@ class RelativePositionBias(nn.Module):
     def gather(self) -> Tensor:
         """The bias as (1, heads, N, N), differentiable in the table."""
         # index_select, not advanced indexing: the latter's backward sums in an order that varies with threads.
-        rows = self.table.index_select(0, self.index)  # (N * N, heads)
-        return rows.view(self.tokens, self.tokens, self.heads).permute(2, 0, 1).unsqueeze(0)
+        # The transposed table gives a contiguous result, which fused kernels ask for.
+        return self.table.t().index_select(1, self.index).view(1, self.heads, self.tokens, self.tokens)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         wants_grad = torch.is_grad_enabled() and self.table.requires_grad
         if self.training or wants_grad or not self.keep_gathered or torch.compiler.is_compiling():
             return self.gather().to(dtype)
         table = self.table.detach()
-        key = (table.data_ptr(), self.table._version, table.dtype, table.device, dtype)
+        version = 0 if self.table.is_inference() else self.table._version  # inference tensors keep no version
+        key = (table.data_ptr(), version, table.dtype, table.device, dtype)
         # `.data.copy_()` changes values without a version bump; on the CPU a comparison of the small table is cheap.
         stale = key != self._kept_for or (table.device.type == "cpu" and not torch.equal(table, self._kept_table))  # pyright: ignore[reportArgumentType]
         # What was kept under `inference_mode` cannot take part in a later backward to the model's input.
@@ -130,15 +131,19 @@ class GridAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "GridAttention", hidden_states: Tensor) -> Tensor:
+    def __call__(self, attn: "GridAttention", hidden_states: Tensor, modulate: bool = True) -> Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, N, heads, d)
         bias = attn.position_bias(query.dtype)
-        modulation = attn.modulation if attn.modulation_enabled else None
-        if modulation is None:
+        modulation = attn.modulation if modulate else None
+        # Where the bias needs a gradient SDPA falls back to its own explicit form, on a CPU the slower of the two.
+        plain = modulation is None and self._attention_backend is None
+        if plain and bias.requires_grad and bias.device.type == "cpu":
+            out = explicit_attention(query, key, value, bias, None)
+        elif modulation is None:
             out = dispatch_attention_fn(query, key, value, attn_mask=bias, backend=self._attention_backend)
         elif torch.is_grad_enabled() or torch.compiler.is_compiling():
             out = explicit_attention(query, key, value, bias, modulation)
@@ -169,7 +174,6 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.heads = heads
         self.use_bias = True
-        self.modulation_enabled = True
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -185,5 +189,5 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         # diffusers types processors as a union of its own, not as the protocol that this is.
         self.set_processor(GridAttnProcessor())  # pyright: ignore[reportArgumentType]
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return cast(GridAttnProcessor, self.processor)(self, hidden_states)
+    def forward(self, hidden_states: Tensor, modulate: bool = True) -> Tensor:
+        return cast(GridAttnProcessor, self.processor)(self, hidden_states, modulate)

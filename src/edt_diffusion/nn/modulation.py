@@ -62,7 +62,12 @@ class AttentionModulation:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "AttentionModulation":
         """Build from the mapping stored in a model's config."""
-        return cls(tuple(config["blocks"]), config.get("formula", "exp"), config.get("radius"))
+        if not isinstance(config, Mapping) or "blocks" not in config or set(config) - {"blocks", "formula", "radius"}:
+            raise ValueError(
+                f"attention_modulation={config!r}: expected blocks and, if wanted, formula and radius, "
+                'such as {"blocks": [7, 10], "formula": "exp", "radius": null}'
+            )
+        return cls(config["blocks"], config.get("formula", "exp"), config.get("radius"))
 
     def to_config(self) -> dict[str, Any]:
         """The JSON-able mapping stored in a model's config."""

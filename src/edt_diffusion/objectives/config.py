@@ -1,9 +1,11 @@
 """Settings of the training objective (`objective:` in a configuration), and how they become one."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..models.edt import SIZE_MASKS, SIZES
 from ..models.masking import MaskPlan
 from ..util.lookup import lookup
 from . import OBJECTIVES, TIMESTEP_SAMPLERS
@@ -29,7 +31,8 @@ class MaskConfig(BaseModel):
 class ObjectiveConfig(BaseModel):
     """The loss, how timesteps are drawn, and which passes make a step.
 
-    `passes` is "full+masked" (EDT), "full" (EDT*, without masked training) or "masked".
+    `masks: null` means those published for the model's size. `passes` is "full+masked" (EDT), "full" (EDT*, without
+    masked training) or "masked".
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,7 +44,7 @@ class ObjectiveConfig(BaseModel):
     timesteps: str = "loss_second_moment"
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     passes: Literal["full+masked", "full", "masked"] = "full+masked"
-    masks: MaskConfig = MaskConfig()
+    masks: MaskConfig | None = None
     train_with_amm: bool = False
 
     @model_validator(mode="after")
@@ -51,8 +54,21 @@ class ObjectiveConfig(BaseModel):
         return self
 
 
+def default_masks(model: Mapping[str, Any]) -> MaskConfig:
+    """The masks published for the size that `model:` of a configuration names (S's for other layouts).
+
+    Down-sampling modules beyond the second get the second one's range.
+    """
+    name = str(model.get("size") or "S").upper().removeprefix("EDT-").removesuffix("/2")
+    published = SIZE_MASKS.get(name, SIZE_MASKS["S"])
+    depths = model.get("depths") or SIZES.get(name, SIZES["S"])["depths"]
+    down = [*published["down"], *[published["down"][-1]] * len(depths)][: len(depths) // 2]
+    return MaskConfig(down=tuple(down), stage0=published["stage0"])
+
+
 def build_objective(config: ObjectiveConfig, learn_sigma: bool) -> MaskedTraining:
     """The callable that turns a batch into the loss of a training step."""
+    masks = config.masks or MaskConfig()
     objective = OBJECTIVES[config.name](
         loss_weighting=config.loss_weighting,
         min_snr_gamma=config.min_snr_gamma,
@@ -62,7 +78,7 @@ def build_objective(config: ObjectiveConfig, learn_sigma: bool) -> MaskedTrainin
     return MaskedTraining(
         objective,
         TIMESTEP_SAMPLERS[config.timesteps](objective.num_train_timesteps),
-        MaskPlan(config.masks.down, config.masks.stage0) if config.passes != "full" else None,
+        MaskPlan(masks.down, masks.stage0) if config.passes != "full" else None,
         label_dropout=config.label_dropout,
         passes=config.passes,
         train_with_amm=config.train_with_amm,

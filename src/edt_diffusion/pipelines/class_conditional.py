@@ -206,6 +206,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         noise_channels = shape[0]
         guided_channels = min(GUIDANCE_CHANNELS[channels] or noise_channels, noise_channels)
         scheduler.set_timesteps(steps, device=device)
+        if int(scheduler.timesteps[0]) == 0:  # nothing would be denoised
+            raise UserError(f"num_inference_steps={steps}: this scheduler needs at least 2")
         if model.is_cache_enabled:
             model._reset_stateful_cache()  # else the features of the batch before would be reused
         for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
@@ -222,7 +224,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return sample
 
     def _finish(self, latents: Tensor, output_type: str) -> Any:
-        codec = PixelCodec(latents.shape[1]) if self.vae is None else VAECodec(self.vae)
+        codec = PixelCodec(latents.shape[1]) if self.vae is None else VAECodec(self.vae, self._execution_device)
         images = codec.decode(latents)
         if output_type == "pt":
             return images.clamp(-1, 1)
