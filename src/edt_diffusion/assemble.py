@@ -11,24 +11,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from .config import RunConfig, SamplesConfig, differences, load_config, parse_config, to_yaml
+from .config import RunConfig, SamplesConfig, begun_config, parse_config, refuse_changes, settled, to_yaml
 from .data import ImageDataset, open_images, require_classes, training_loader
 from .models import BACKBONES
 from .objectives.config import build_objective
 from .pipelines import ClassConditionalPipeline, make_scheduler
 from .training.ema import EMA
+from .training.record import picture_facts, read_record, refuse_other_pictures, write_record
 from .training.trainer import Trainer
 from .util.errors import UserError
 from .util.files import atomic_directory, atomic_write_text, make_folder
 from .util.lookup import lookup
 from .util.pictures import grid
 from .util.rng import image_seed
-
-# Settings that do not change what is trained: the length of the run, how often it saves and tells.
-_HARMLESS = (
-    "train.steps:", "train.log_every:", "train.save_every:", "train.sample_every:", "train.keep_checkpoints:",
-    "samples.", "data.workers:", "data.cache:",
-)  # fmt: skip
 
 
 def open_data(config: RunConfig) -> ImageDataset:
@@ -118,6 +113,7 @@ def build_trainer(
     *,
     quiet: bool = False,
     allow_changes: bool = False,
+    preset: str | None = None,
     callbacks: Callable[[ClassConditionalPipeline], list[tuple[int, Any]]] | None = None,
 ) -> Trainer:
     """Everything `edt train` needs, from the pictures to the loop, at the step that the folder's run has reached.
@@ -127,7 +123,8 @@ def build_trainer(
         folder: the run folder; made if absent. If it holds a run, its settings must be the same.
         dataset: pictures already opened; by default those of `config.data`.
         quiet: no progress on the terminal.
-        allow_changes: go on with other settings than those the run began with.
+        allow_changes: go on with other settings or pictures than those the run began with.
+        preset: name of the preset that the settings come from, kept with the run.
         callbacks: given the pipeline, returns further (every, callback) pairs.
 
     Raises:
@@ -138,9 +135,14 @@ def build_trainer(
             "train.mixed_precision=fp16 needs a GPU (it is a hundred times slower on a CPU): use bf16 or no"
         )
     dataset = dataset or open_data(config)
+    begun = begun_config(folder)
+    class_names = dataset.class_names if config.model.get("num_classes", 0) is not None else None
+    facts = picture_facts(dataset, class_names)
+    if begun is not None and not allow_changes:
+        refuse_other_pictures(folder, facts)
     config = complete(config, dataset)
     model = build_model(config)
-    class_names = dataset.class_names if model.config.num_classes is not None else None
+    config = settled(config, begun)
     pipeline = build_pipeline(model, class_names, pixels=True)
     objective = build_objective(config.objective, model.config.learn_sigma)
     if objective.mask_plan is not None and len(objective.mask_plan.down) != len(model.mask_grids):
@@ -148,8 +150,8 @@ def build_trainer(
             f"objective.masks.down has {len(objective.mask_plan.down)} ranges, the model {len(model.mask_grids)} "
             "down-samplings: give one (low, high) each"
         )
-    if not allow_changes:
-        _refuse_changes(config, folder)
+    if begun is not None and not allow_changes:
+        refuse_changes(begun, config, folder)
 
     accelerator = _build_accelerator(config)
 
@@ -191,11 +193,17 @@ def build_trainer(
         callbacks=[(config.train.sample_every, sample), *(callbacks(pipeline) if callbacks else [])],
         quiet=quiet,
     )
-    trainer.restore()
-    # The run's settings are replaced only now that its checkpoint fits the new ones.
     make_folder(folder)
-    if accelerator.is_main_process:
-        atomic_write_text(folder / "config.yaml", to_yaml(config))
+    trainer.lock.acquire()  # held until `fit` ends
+    try:
+        trainer.restore()
+        # The run's settings are replaced only now that its checkpoint fits the new ones, and if they have steps to add.
+        if accelerator.is_main_process and trainer.step <= config.train.steps:
+            atomic_write_text(folder / "config.yaml", to_yaml(config))
+            write_record(folder, facts, preset or (read_record(folder).get("preset") if begun else None))
+    except BaseException:
+        trainer.lock.release()
+        raise
     return trainer
 
 
@@ -213,17 +221,3 @@ def _build_accelerator(config: RunConfig) -> Accelerator:
             "with torchrun --nproc_per_node N -m edt_diffusion train ..., or accelerate launch after accelerate config"
         )
     return accelerator
-
-
-def _refuse_changes(config: RunConfig, folder: Path) -> None:
-    """Refuse to go on with other settings than the run in `folder` began with."""
-    path = folder / "config.yaml"
-    if not (path.is_file() and (folder / "checkpoints").is_dir()):
-        return
-    changed = [line for line in differences(load_config(path), config) if not line.startswith(_HARMLESS)]
-    if changed:
-        listed = "; ".join([*changed[:4], *(["..."] if len(changed) > 4 else [])])
-        raise UserError(
-            f"{folder} holds a run with other settings ({listed}): "
-            "choose another --out, or go on all the same with --allow-changes"
-        )

@@ -156,11 +156,27 @@ def test_a_preset_that_changed_with_an_upgrade_does_not_change_its_runs(edt, wor
     changed = module.presets()
     changed["digits"] = changed["digits"].replace("lr: 5.0e-3", "lr: 1.0e-3")
     monkeypatch.setattr(module, "presets", lambda: changed)
-    assert edt(*command, "train.steps=3").code == 0
-    said = edt(*command, "train.steps=3", "optimizer.lr=0.5")
+    assert edt("train", "runs/digits", "train.steps=3", "--quiet").code == 0  # which leaves it the preset's
+    assert edt(*command, "train.steps=4").code == 0
+    said = edt(*command, "train.steps=4", "optimizer.lr=0.5")
     assert (said.code, len(said.err)) == (2, 1)
     assert "optimizer.lr: 0.005 -> 0.5" in said.err[0]
     assert edt("train", "small-32", "--data", "digits", "--out", "runs/digits").code == 2
+
+
+def test_the_demo_goes_on_with_the_settings_it_began_with(edt, tmp_path, monkeypatch):
+    from edt_diffusion.config import load_config, to_yaml
+    from edt_diffusion.studies import demo
+    from edt_diffusion.util.errors import UserError
+
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("digits", ["optimizer.lr=0.125"])))
+
+    def seen(config, *_arguments, **_options):
+        raise UserError(f"lr {config.optimizer.lr} steps {config.train.steps}")
+
+    monkeypatch.setattr(demo, "build_trainer", seen)
+    assert edt("demo", "--out", tmp_path, "train.steps=7").err == ["error: lr 0.125 steps 7"]
 
 
 def test_training_in_two_goes_is_training_in_one(edt, run, config, pictures, tmp_path):
@@ -168,7 +184,7 @@ def test_training_in_two_goes_is_training_in_one(edt, run, config, pictures, tmp
     assert edt("train", config, "--data", pictures, "--out", halves, "train.steps=2").code == 0
     # Three ways to name the run that goes on.
     assert edt("train", config, "--data", pictures, "--out", halves, "train.steps=3", "--resume").code == 0
-    assert edt("train", halves, "train.steps=3").out == [f"trained 3 steps; the model is in {halves}"]
+    assert edt("train", halves, "train.steps=3").out == [f"the run has its 3 steps already; the model is in {halves}"]
     assert edt("train", "--out", halves, "train.steps=4").code == 0
     assert_equal_weights(halves, run)
 

@@ -38,6 +38,46 @@ def test_only_the_newest_are_kept(store):
     assert store.newest() == 30
 
 
+def test_newer_damaged_folders_neither_displace_what_is_saved_nor_stay(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=9)
+    for step in (2, 4, 6, 8):
+        store.save(step, checkpoint(step))
+    for step in (6, 8):
+        (store.path(step) / "model.safetensors").unlink()
+    resumed = CheckpointStore(tmp_path / "checkpoints", keep_last=3)
+    newest = resumed.newest()
+    assert newest == 4
+    resumed.load(newest)
+    assert resumed.steps() == [2, 4, 6, 8]  # until something has been saved
+    resumed.save(7, checkpoint(7))
+    assert resumed.steps() == [2, 4, 7]
+    resumed.keep_last = 1
+    resumed.save(9, checkpoint(9))
+    assert resumed.steps() == [9]
+
+
+def test_the_step_just_written_stays_whatever_else_is_there(store):
+    store.keep_last = 1
+    (store.folder / "step-00000009").mkdir(parents=True)
+    store.save(3, checkpoint(3))
+    assert 3 in store.steps()
+    assert store.newest() == 3
+
+
+def test_a_save_that_fails_removes_nothing(store, monkeypatch):
+    for step in (1, 2):
+        store.save(step, checkpoint(step))
+    store.load(1)
+
+    def full(*_arguments):
+        raise OSError("no")
+
+    monkeypatch.setattr(state_module, "save_file", full)
+    with pytest.raises(OSError, match="no"):
+        store.save(3, checkpoint(3))
+    assert store.steps() == [1, 2]
+
+
 def test_a_kill_in_the_middle_leaves_no_step_folder(store, monkeypatch):
     store.save(1, checkpoint(1))
     save_file, calls = state_module.save_file, []

@@ -1,5 +1,6 @@
 """The loop: exact resume, micro-batches, signals, logs, callbacks, and two processes."""
 
+import errno
 import json
 import os
 import signal
@@ -13,10 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from edt_diffusion.assemble import build_trainer
-from edt_diffusion.config import RunConfig, parse_config
+from edt_diffusion.config import RunConfig, load_config, parse_config
 from edt_diffusion.data import ImageDataset
+from edt_diffusion.objectives.config import default_masks
+from edt_diffusion.training.divergence import scaler_skips
+from edt_diffusion.training.lock import RunLock
 from edt_diffusion.training.log import MetricLog, read_log
 from edt_diffusion.training.trainer import Trainer
+from edt_diffusion.util import files
 from edt_diffusion.util.errors import UserError
 
 CLOCKS = ("seconds", "images_per_second")
@@ -331,6 +336,208 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeyp
     assert trainer_in(tmp_path).step == 2
 
 
+def test_a_failed_write_of_another_kind_is_not_blamed_on_a_full_disk(tmp_path):
+    trainer = trainer_in(tmp_path, train={"steps": 1})
+
+    def denied():
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    trainer.export = denied
+    with pytest.raises(UserError, match="Permission denied") as caught:
+        trainer.fit()
+    assert "make room" not in str(caught.value)
+
+    def quota():
+        raise OSError(errno.EDQUOT, "too much of it")
+
+    trainer.export = quota
+    with pytest.raises(UserError, match="make room"):
+        trainer.fit()
+
+
+# ------------------------------------------------------------------------------------------- runs that diverge
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.parent.name != "tensorboard"}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path, clip):
+    assert trainer_in(tmp_path, train={"steps": 2}).fit()
+    kept = {p: data for p, data in contents(tmp_path).items() if p.name not in ("config.yaml", "log.jsonl")}
+    trainer = trainer_in(tmp_path, optimizer={"lr": 2.0}, train={"save_every": 1, "max_grad_norm": clip})
+    with torch.no_grad():
+        trainer.network.proj_out.weight.fill_(torch.nan)
+    remedy = r"lower train.max_grad_norm \(now 1\)" if clip else "set train.max_grad_norm"
+    with pytest.raises(
+        UserError, match=rf"^loss became nan at step 3: lower optimizer.lr \(now 2\) or {remedy}; .* is step 2$"
+    ):
+        trainer.fit()
+    assert trainer.step == 2
+    assert {p: p.read_bytes() for p in kept} == kept
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
+
+
+def test_a_gradient_that_is_no_number_is_not_applied(tmp_path):
+    trainer = trainer_in(tmp_path)
+    trainer.network.proj_out.weight.register_hook(lambda gradient: gradient / 0)
+    before = weights(trainer)
+    with pytest.raises(UserError, match=r"^the gradient norm became (nan|inf) at step 1: .*has no checkpoint yet$"):
+        trainer.fit()
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
+    assert not (tmp_path / "model").exists()
+    assert trainer.store.steps() == []
+
+
+def test_an_update_that_overflows_at_the_last_step_is_not_exported(tmp_path):
+    trainer = trainer_in(tmp_path, train={"steps": 1})
+    step = trainer.optimizer.step
+
+    def overflow():
+        step()
+        trainer.network.proj_out.weight.data.fill_(torch.inf)
+
+    trainer.optimizer.step = overflow
+    with pytest.raises(UserError, match=r"^the weights became non-finite at step 1: lower optimizer.lr"):
+        trainer.fit()
+    assert not (tmp_path / "model").exists()
+    assert trainer.store.steps() == []
+
+
+def test_steps_that_a_loss_scaler_skips_are_not_the_end():
+    class Scaler:
+        scale = 65536.0
+
+        def get_scale(self):
+            return self.scale
+
+    good, bad = torch.ones(3), torch.tensor([1.0, torch.inf])
+    assert scaler_skips(Scaler(), [good, bad])
+    assert not scaler_skips(Scaler(), [good])  # the norm alone overflowed: the scaler would apply it
+    assert not scaler_skips(None, [bad])
+    given_up = Scaler()
+    given_up.scale = 2.0**-11
+    assert not scaler_skips(given_up, [bad])
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path):
+    log = MetricLog(tmp_path, 0)
+    log.write(1, {"loss": float("nan"), "speed": float("inf"), "lr": 0.5})
+    log.close()
+    assert json.loads(log.path.read_text()) == {"step": 1, "loss": None, "speed": None, "lr": 0.5}
+    (line,) = read_log(tmp_path)
+    assert np.isnan(line["loss"])
+
+
+def test_logged_metrics_are_means_since_the_last_line(tmp_path):
+    assert trainer_in(tmp_path / "each").fit()
+    assert trainer_in(tmp_path / "some", train={"log_every": 4}).fit()
+    each, some = read_log(tmp_path / "each"), read_log(tmp_path / "some")
+    assert [line["step"] for line in some] == [4, 6]
+    for line, part in zip(some, (each[:4], each[4:]), strict=True):
+        for name in ("loss", "loss_full", "vb_masked"):
+            assert line[name] == pytest.approx(np.mean([other[name] for other in part]), rel=1e-5)
+    assert each[3]["loss"] != pytest.approx(some[0]["loss"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- the run folder
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    trainer = trainer_in(tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=rf"another process is training in {tmp_path}: wait for it, or .* --out"):
+        trainer_in(tmp_path, train={"log_every": 3})
+    code = "import sys; from pathlib import Path; from edt_diffusion.training.lock import RunLock\n"
+    code += "RunLock(Path(sys.argv[1])).acquire()"
+    other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert "another process is training in" in other.stderr
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    RunLock(tmp_path, active=False).acquire()  # as the other processes of the same job
+    assert trainer.fit()
+    RunLock(tmp_path).acquire()  # given back
+
+
+def test_a_run_that_cannot_go_on_gives_the_lock_back(tmp_path):
+    assert trainer_in(tmp_path, train={"steps": 1}).fit()
+    with pytest.raises(UserError, match="does not fit this run") as caught:
+        trainer_in(tmp_path, optimizer={"name": "adamw"})
+    RunLock(tmp_path).acquire()
+    assert caught.value  # its traceback still holds the trainer
+
+
+def test_a_system_without_locks_does_without(tmp_path, monkeypatch):
+    from edt_diffusion.training import lock
+
+    monkeypatch.setattr(lock, "fcntl", None)
+    for _ in range(2):
+        RunLock(tmp_path).acquire()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_what_a_killed_process_left_is_cleared_away_and_a_lost_model_comes_back(tmp_path):
+    assert trainer_in(tmp_path).fit()
+    exported = contents(tmp_path / "model")
+    os.rename(tmp_path / "model", tmp_path / ".model.0123456789abcdef.tmp")
+    (tmp_path / "checkpoints" / ".step-00000006.0123456789abcdef.tmp").mkdir()
+    files._temporary_sibling(tmp_path / "config.yaml").write_text("half")
+    (tmp_path / ".mine.tmp").write_text("not one of ours")
+    before = contents(tmp_path / "checkpoints")
+    assert trainer_in(tmp_path).fit()
+    assert contents(tmp_path / "model") == exported
+    assert contents(tmp_path / "checkpoints") == before
+    assert [p.name for p in tmp_path.rglob("*.tmp")] == [".mine.tmp"]
+
+
+def test_other_pictures_are_refused(tmp_path):
+    assert trainer_in(tmp_path, train={"steps": 1}).fit()
+
+    def go_on(dataset, **options):
+        trainer = build_trainer(settings(train={"steps": 1}), tmp_path, dataset, quiet=True, **options)
+        trainer.lock.release()
+
+    renamed, fewer, moved = pictures(), pictures(9), pictures()
+    renamed.class_names = ["class 1", "class 0", "class 2"]
+    moved.labels = moved.labels[::-1].copy()
+    for dataset, words in (
+        (renamed, "class 0: class 0 -> class 1"),
+        (pictures(10, classes=4), "3 -> 4 classes; class 3: None -> class 3"),
+        (fewer, "10 -> 9 pictures"),
+        (moved, "other labels"),
+    ):
+        with pytest.raises(UserError, match=rf"other pictures \({words}\).*--allow-changes"):
+            go_on(dataset)
+    go_on(pictures())
+    go_on(renamed, allow_changes=True)
+    go_on(renamed)  # from now on these are the run's
+    (tmp_path / "data.json").unlink()
+    go_on(moved)  # a folder of an older version
+
+
+def test_a_longer_run_keeps_its_schedule_and_a_shorter_one_its_settings(tmp_path):
+    def run_to(steps):
+        config = settings(optimizer={"decay_steps": None, "warmup_steps": 0}, train={"steps": steps})
+        trainer = build_trainer(config, tmp_path, pictures(), quiet=True)
+        assert trainer.fit()
+        return trainer
+
+    run_to(2)
+    assert load_config(tmp_path / "config.yaml").optimizer.decay_steps == 2
+    run_to(4)
+    rates = [line["lr"] for line in read_log(tmp_path)]
+    assert rates == pytest.approx([3e-3, (3e-3 + 5e-5) / 2, 5e-5, 5e-5])
+    written = (tmp_path / "config.yaml").read_bytes()
+    assert load_config(tmp_path / "config.yaml").train.steps == 4
+    assert run_to(3).step == 4
+    assert (tmp_path / "config.yaml").read_bytes() == written
+
+
+def test_the_masks_a_run_uses_are_stored_with_it(tmp_path):
+    trainer_in(tmp_path).lock.release()
+    assert load_config(tmp_path / "config.yaml").objective.masks == default_masks({"depths": [1] * 5})
+
+
 WORKER = """
 import os, sys
 from pathlib import Path
@@ -349,6 +556,47 @@ np.savez(folder / f"rank{rank}.npz", seen=state["seen"], losses=state["losses"],
 trainer.accelerator.wait_for_everyone()
 os._exit(0)  # gloo may abort at interpreter exit
 """
+
+
+NAN_WORKER = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from edt_diffusion.util.errors import UserError
+from test_trainer import trainer_in
+trainer = trainer_in(Path(sys.argv[2]) / "run", train={"steps": 4, "batch_size": 8})
+rank, objective = trainer.accelerator.process_index, trainer.objective
+class Poisoned:
+    timesteps = objective.timesteps
+    def __call__(self, *arguments, step, **options):
+        part = objective(*arguments, step=step, **options)
+        # Only one process sees it, and its gradients are sound.
+        return replace(part, sampler_loss=part.sampler_loss * float("nan")) if rank == step == 1 else part
+trainer.objective = Poisoned()
+try:
+    trainer.fit()
+except UserError as error:
+    (Path(sys.argv[2]) / f"rank{rank}.txt").write_text(str(error))
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_when_one_diverges(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(NAN_WORKER)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(script), str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert (tmp_path / f"rank{rank}.txt").read_text().startswith("loss became nan at step 2: ")
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.slow

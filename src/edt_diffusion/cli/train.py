@@ -28,7 +28,7 @@ def train(
     Example: edt train small-32 --data pictures/ --out runs/a train.steps=9000
     """
     from ..assemble import build_trainer
-    from ..config import load_config, presets
+    from ..config import load_config, presets, run_source
     from ..training.state import CheckpointStore
     from ..util.errors import UserError
 
@@ -45,19 +45,28 @@ def train(
         out = out or Path(source)
         source = str(Path(source) / "config.yaml")
     # As a JSON string: YAML would take a folder called 2024 for a number.
-    config = load_config(source, [*given, *([f"data.path={json.dumps(data)}"] if data else [])])
+    given += [f"data.path={json.dumps(data)}"] if data else []
     folder = out or Path("runs") / Path(source).stem
+    config = load_config(run_source(source, folder), given)
     if resume and not CheckpointStore(folder / "checkpoints").steps():
         raise UserError(f"--resume: {folder} holds no checkpoint; leave the option out to start there")
     quiet_libraries()
-    trainer = build_trainer(config, folder, quiet=quiet, allow_changes=allow_changes)
+    preset = None if Path(source).is_file() else source
+    trainer = build_trainer(config, folder, quiet=quiet, allow_changes=allow_changes, preset=preset)
+    first = trainer.step
     finished = trainer.fit()
     main_process = trainer.accelerator.is_main_process
     trainer.accelerator.end_training()
     if not main_process:
         return
     facts = {"folder": str(folder), "step": trainer.step, "seconds": round(trainer.seconds, 1), "finished": finished}
-    if finished:
-        finish(f"trained {trainer.step} steps; samples and model are in {folder}", facts, as_json)
+    wanted = config.train.steps
+    if not finished:
+        message = f"stopped and saved at step {trainer.step}; run the same command again to go on"
+    elif first > wanted:
+        message = f"the run has {first} steps already, train.steps={wanted} adds none; it stays as it is in {folder}"
     else:
-        finish(f"stopped and saved at step {trainer.step}; run the same command again to go on", facts, as_json)
+        done = f"trained {trainer.step} steps" if first < wanted else f"the run has its {first} steps already"
+        there = "samples and model are" if any((folder / "samples").glob("*.png")) else "the model is"
+        message = f"{done}; {there} in {folder}"
+    finish(message, facts, as_json)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..assemble import build_trainer, open_data
-from ..config import RunConfig, load_config
+from ..config import RunConfig, load_config, run_source
 from ..data import ImageDataset, require_classes, stratified_split
 from ..evaluation.judge import PixelJudge, diversity_ratio, memorisation_ratio
 from ..pipelines import ClassConditionalPipeline
@@ -50,13 +50,13 @@ def run_demo(folder: Path, overrides: list[str] | None = None, quiet: bool = Fal
     Returns:
         What `report.json` holds, or None if training was stopped by a signal (run again to go on).
     """
-    config = load_config("digits", overrides)
+    config = load_config(run_source("digits", folder), overrides)
     if config.model.get("num_classes", 0) is None:
         raise UserError("model.num_classes=null: the demo asks for digits by class; use edt train for such a model")
     digits = open_data(config)
     require_classes(digits)
     training, held_out = stratified_split(digits, HELD_OUT, config.seed)
-    trainer = build_trainer(config, folder, training, quiet=quiet)
+    trainer = build_trainer(config, folder, training, quiet=quiet, preset="digits")
     if not trainer.fit():
         return None
     pipeline = ClassConditionalPipeline.from_pretrained(folder)

@@ -1,14 +1,18 @@
 """What a run tells: JSON lines, TensorBoard, and a progress bar or plain lines."""
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from ..util.files import atomic_write_text
 
@@ -35,8 +39,9 @@ class MetricLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line `{"step": ..., **values}`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append one line `{"step": ..., **values}`; what is not finite becomes null, for JSON has no NaN."""
+        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **told}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -61,9 +66,38 @@ def _step_of(line: str, start_step: int) -> int:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's `log.jsonl`, in order."""
+    """The lines of a run's `log.jsonl`, in order; null is read as NaN."""
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+
+
+class MeanMetrics:
+    """Means of the metrics over the steps since they were last read.
+
+    They are summed on the device, so that no step waits for them. A run that was stopped between two lines counts from
+    the step at which it goes on.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sum: Tensor | None = None
+        self._steps = 0
+
+    def add(self, parts: list[dict[str, Tensor]]) -> None:
+        """Count one step in; `parts` are the metrics of its micro-batches."""
+        self._names = list(parts[0])
+        values = torch.stack([torch.stack([part[name].float() for name in self._names]) for part in parts]).mean(0)
+        self._sum = values if self._sum is None else self._sum + values
+        self._steps += 1
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over steps and processes; begins anew."""
+        if self._sum is None:
+            return {}
+        means = torch.as_tensor(accelerator.reduce(self._sum / self._steps, reduction="mean"))
+        self._sum, self._steps = None, 0
+        return dict(zip(self._names, means.tolist(), strict=True))
 
 
 class ProgressReport:

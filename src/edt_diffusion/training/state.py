@@ -54,6 +54,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep_last: int = 2) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self._reached: int | None = None  # the step loaded or saved last
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint folder, ascending, damaged ones included."""
@@ -66,7 +67,11 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, then drop those older than the `keep_last` newest."""
+        """Write a checkpoint, then drop those that are no longer needed.
+
+        A folder newer than the step that the run went on from is damaged, or of a future that the run has left: it goes
+        with the first save. Of the others the `keep_last` newest stay, the one just written always.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.path(step)
         with atomic_directory(target, replace=True) as folder:
@@ -76,8 +81,12 @@ class CheckpointStore:
             atomic_write_json(folder / "state.json", checkpoint.numbers)
             files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
             atomic_write_json(folder / "manifest.json", files)
-        for old in self.steps()[: -self.keep_last]:
+        others = [other for other in self.steps() if other != step]
+        left = [other for other in others if self._reached is not None and other > self._reached]
+        others = [other for other in others if other not in left]
+        for old in [*left, *others[: len(others) - self.keep_last + 1]]:
             shutil.rmtree(self.path(old), ignore_errors=True)
+        self._reached = step
         return target
 
     def damage(self, step: int) -> str | None:
@@ -120,7 +129,7 @@ class CheckpointStore:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Read the checkpoint of `step`.
+        """Read the checkpoint of `step`, from which the run goes on.
 
         Raises:
             UserError: if a file of it cannot be read.
@@ -134,6 +143,7 @@ class CheckpointStore:
                 raise UserError(
                     f"{file} cannot be read ({error}): delete {folder} to use an older checkpoint"
                 ) from None
+        self._reached = step
         return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
 
 

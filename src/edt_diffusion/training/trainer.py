@@ -10,17 +10,21 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..objectives import MaskedTraining, StepLoss
 from ..util.errors import UserError
+from ..util.files import remove_temporaries
 from .config import TrainConfig
+from .disk import told_by_the_disk
+from .divergence import all_finite, diverged, first_non_finite, scaler_skips
 from .ema import EMA
 from .interrupt import StopRequest
-from .log import MetricLog, ProgressReport
+from .lock import RunLock
+from .log import MeanMetrics, MetricLog, ProgressReport
 from .state import CheckpointStore, Parts
 
 # Called with the number of steps made; takes pictures, evaluates, and so on. Returns values for the log, or None.
@@ -77,9 +81,10 @@ class Trainer:
         self.export = export
         self.callbacks = callbacks
         self.store = CheckpointStore(folder / "checkpoints", config.keep_checkpoints)
-        self.step = 0
+        self.step = self.saved_at = 0
         self.seconds = 0.0
         self.stop = StopRequest()
+        self.lock = RunLock(folder, active=accelerator.is_main_process)
 
     def fit(self) -> bool:
         """Train from the step reached (see `restore`) to the last one.
@@ -88,47 +93,53 @@ class Trainer:
             True when the last step is made, False when a signal stopped the run (its state is saved).
 
         Raises:
-            UserError: if a checkpoint cannot be written, for instance to a full disk.
+            UserError: if the loss diverges, a checkpoint cannot be written, for instance to a full disk, or another
+                process trains in the folder.
         """
-        self.model.train()
-        main = self.accelerator.is_main_process
-        log = MetricLog(self.folder, self.step) if main else None
-        progress = ProgressReport(self.config.steps, self.step, self.quiet or not main)
-        saved_at, images, clock = self.step, 0, time.perf_counter()
-        try:
-            with self.stop:
-                loader = self.make_loader(self.step)
-                while self.step < self.config.steps and not self._must_stop():
-                    loss, grad_norm, rate = self._train_step(loader)
-                    self.step += 1
-                    images += self.config.batch_size
-                    logged = self.step % self.config.log_every == 0 or self.step == self.config.steps
-                    now = time.perf_counter()
-                    speed = images / max(now - clock, 1e-9)
-                    values: dict[str, float] = {}
-                    if logged:
-                        values = self._averaged(loss) | {
-                            "lr": rate,
-                            "grad_norm": float(grad_norm),
-                            "images_per_second": speed,
-                        }
-                        self.seconds += now - clock
-                        values["seconds"] = self.seconds
-                        images, clock = 0, now
-                    progress.step(self.step, values.get("loss"), speed)
-                    values |= self._call_back()
-                    if values and log is not None:
-                        log.write(self.step, values)
-                    if self.step % self.config.save_every == 0:
-                        self._save(log)
-                        saved_at = self.step
-                if saved_at != self.step:
-                    self._save(log)
-        finally:
-            progress.close()
-            if log is not None:
-                log.close()
+        with self.lock:
+            main = self.accelerator.is_main_process
+            if main:
+                remove_temporaries(self.folder, self.store.folder)
+            log = MetricLog(self.folder, self.step) if main else None
+            progress = ProgressReport(self.config.steps, self.step, self.quiet or not main)
+            try:
+                with self.stop:
+                    self._loop(log, progress)
+            finally:
+                progress.close()
+                if log is not None:
+                    log.close()
         return self.step >= self.config.steps
+
+    def _loop(self, log: MetricLog | None, progress: ProgressReport) -> None:
+        self.model.train()
+        images, clock = 0, time.perf_counter()
+        means = MeanMetrics()
+        loader = self.make_loader(self.step)
+        while self.step < self.config.steps and not self._must_stop():
+            parts, grad_norm, rate = self._train_step(loader)
+            means.add([part.metrics for part in parts])
+            self.step += 1
+            images += self.config.batch_size
+            now = time.perf_counter()
+            speed = images / max(now - clock, 1e-9)
+            values: dict[str, float] = {}
+            if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                self.seconds += now - clock
+                values = means.read(self.accelerator) | {
+                    "lr": rate, "grad_norm": float(grad_norm), "images_per_second": speed, "seconds": self.seconds,
+                }  # fmt: skip
+                images, clock = 0, now
+            progress.step(self.step, values.get("loss"), speed)
+            values |= self._call_back()
+            if values and log is not None:
+                log.write(self.step, values)
+            if self.step % self.config.save_every == 0:
+                self._save(log)
+        if self.saved_at != self.step:
+            self._save(log)
+        elif self.step and not (self.folder / "model" / "model_index.json").is_file():
+            self._write_model()  # a kill came between the renames that replace it
 
     def _train_step(self, loader: Iterator[dict[str, Any]]) -> tuple[list[StepLoss], Tensor, float]:
         """Forward and backward over all micro-batches, then one update."""
@@ -159,31 +170,38 @@ class Trainer:
         self.accelerator.unscale_gradients()
         trained = [p for p in self.network.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        t, losses = self._checked(parts, torch.cat(positions), grad_norm)
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, self.config.max_grad_norm, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.network)
-        self._update_timesteps(parts, torch.cat(positions))
+        self.objective.timesteps.update(t, losses)
         return parts, grad_norm, rate
 
-    def _update_timesteps(self, parts: list[StepLoss], positions: Tensor) -> None:
-        """Give the sampler the losses of the whole global batch in position order, so that all processes agree."""
+    def _checked(self, parts: list[StepLoss], positions: Tensor, grad_norm: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Timesteps and losses of the whole global batch in position order, alike in all processes, and finite."""
+        local = (
+            positions,
+            torch.cat([part.t for part in parts]),
+            torch.cat([part.sampler_loss for part in parts]),
+            grad_norm.float().reshape(1),
+        )
         device = self.accelerator.device
-        gathered = [
-            self.accelerator.gather(x.to(device))
-            for x in (positions, torch.cat([p.t for p in parts]), torch.cat([p.sampler_loss for p in parts]))
-        ]
-        order = gathered[0].argsort()  # pyright: ignore[reportAttributeAccessIssue]
-        t, losses = (x[order].cpu().numpy() for x in gathered[1:])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
-        self.objective.timesteps.update(t, losses)
+        places, t, losses, norms = (torch.as_tensor(self.accelerator.gather(x.to(device))) for x in local)
+        order = places.argsort()
+        t = t[order].cpu().numpy()
+        # The check waits for the device no more often than the timestep sampler does.
+        losses, norms = np.split(torch.cat([losses[order], norms]).cpu().numpy(), [len(t)])
+        bad = first_non_finite(losses, norms)
+        if bad is not None:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            if not scaler_skips(self.accelerator.scaler, gradients):
+                raise self._diverged(f"{bad[0]} became {bad[1]}", self.step + 1)
+        return t, losses
 
-    def _averaged(self, parts: list[StepLoss]) -> dict[str, float]:
-        """Metrics of one step, averaged over micro-batches and processes."""
-        names = list(parts[0].metrics)
-        values = torch.stack([torch.stack([part.metrics[name].float() for name in names]) for part in parts]).mean(0)
-        values = self.accelerator.reduce(values, reduction="mean")
-        return dict(zip(names, values.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+    def _diverged(self, what: str, step: int) -> UserError:
+        return diverged(what, step, self.optimizer.defaults["lr"], self.config.max_grad_norm, self.saved_at)
 
     def _call_back(self) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -207,20 +225,22 @@ class Trainer:
                 self.network.train()
 
     def _save(self, log: MetricLog | None) -> None:
+        if not all_finite([*self.ema.state_dict()["parameters"].values(), *self.network.parameters()]):
+            raise self._diverged("the weights became non-finite", self.step)
         if self.accelerator.is_main_process:
-            try:
+            with told_by_the_disk(self.step, self.folder):
                 if log is not None:
                     log.sync()
                 # First the model: whenever a kill comes, no checkpoint is newer than the model beside it.
-                with self._evaluating():
-                    self.export()
+                self._write_model()
                 self.store.save(self.step, self._parts().capture(self.step, self.seconds))
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"step {self.step} cannot be saved in {self.folder} ({error}): make room and run the same command "
-                    "again; it goes on from the last step saved"
-                ) from error
         self.accelerator.wait_for_everyone()
+        self.saved_at = self.step
+
+    def _write_model(self) -> None:
+        if self.accelerator.is_main_process:
+            with told_by_the_disk(self.step, self.folder), self._evaluating():
+                self.export()
 
     def restore(self) -> None:
         """Load the newest whole checkpoint of the run folder, if there is one; nothing is written.
@@ -232,7 +252,8 @@ class Trainer:
         if step is None:
             return
         numbers = self._parts().apply(self.store.load(step), f"the checkpoint {self.store.path(step)}")
-        self.step, self.seconds = numbers["step"], numbers["seconds"]
+        self.step = self.saved_at = numbers["step"]
+        self.seconds = numbers["seconds"]
 
     def _parts(self) -> Parts:
         return Parts(self.network, self.ema, self.optimizer, self.objective.timesteps, self.accelerator.scaler)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{16}\.tmp$")  # as `_temporary_sibling` names them
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -87,6 +90,20 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(target.parent)
+
+
+def remove_temporaries(*folders: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left in `folders`, which nobody may be writing in; a missing folder is passed over.
+
+    Only the names that this module makes are touched, and what cannot be removed is left.
+    """
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for path in [path for path in Path(folder).iterdir() if _TEMPORARY.match(path.name)]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
