@@ -54,7 +54,7 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = "adan"
-    lr: float = Field(default=1e-3, gt=0, lt=1e6)
+    lr: float = Field(default=1e-3, gt=0, lt=1e36)
     betas: tuple[float, ...] | None = None
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
