@@ -152,15 +152,16 @@ class Trainer:
             labels = None if self.network.null_label is None else batch["class_labels"]
             last = index == micro - 1
             # Gradients are exchanged once a step, with the last micro-batch.
-            with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
-                part = self.objective(
-                    self.model,
-                    batch["images"].to(device, non_blocking=True),
-                    None if labels is None else labels.to(device, non_blocking=True),
-                    seed=self.seed,
-                    step=self.step,
-                    positions=[int(p) for p in batch["positions"]],
-                )
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    part = self.objective(
+                        self.model,
+                        batch["images"].to(device, non_blocking=True),
+                        None if labels is None else labels.to(device, non_blocking=True),
+                        seed=self.seed,
+                        step=self.step,
+                        positions=[int(p) for p in batch["positions"]],
+                    )
                 self.accelerator.backward(part.total / micro)
             parts.append(part)
             positions.append(torch.as_tensor(batch["positions"]))
