@@ -141,7 +141,8 @@ def test_an_interrupted_run_saves_stops_and_finishes_identically(tmp_path):
     assert_same_run(tmp_path / "stopped", tmp_path / "whole", 6)
 
 
-def test_a_second_signal_stops_at_once_and_keeps_the_last_save(tmp_path):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_signal_stops_at_once_and_keeps_the_last_save(tmp_path, before):
     def interrupt_twice(_pipeline):
         def call(step):
             if step == 3:
@@ -151,8 +152,13 @@ def test_a_second_signal_stops_at_once_and_keeps_the_last_save(tmp_path):
         return [(1, call)]
 
     trainer = trainer_in(tmp_path, callbacks=interrupt_twice, train={"save_every": 2})
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+    outside = signal.signal(signal.SIGINT, before)  # processes started in the background ignore SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert trainer_in(tmp_path).step == 2
 
 

@@ -32,6 +32,9 @@ class StopRequest:
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.requested:
-            signal.signal(number, self._before[number])
+            before = self._before[number]
+            if before in (None, signal.SIG_IGN):  # a process started in the background ignores Ctrl-C
+                before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, before)
             signal.raise_signal(number)
         self.requested = True
