@@ -22,7 +22,7 @@ from .training.trainer import Trainer
 from .util.errors import UserError
 from .util.files import atomic_directory, atomic_write_text, make_folder
 from .util.lookup import lookup
-from .util.pictures import grid
+from .util.pictures import grid, save_png
 from .util.rng import image_seed
 
 
@@ -175,7 +175,7 @@ def build_trainer(
     def sample(step: int) -> None:
         images, names = sample_classes(pipeline, config.samples)
         (folder / "samples").mkdir(exist_ok=True)
-        grid(images, config.samples.per_class, names).save(folder / "samples" / f"step-{step:08d}.png")
+        save_png(grid(images, config.samples.per_class, names), folder / "samples" / f"step-{step:08d}.png")
 
     make_loader(0)  # numbers that do not divide are told here
     trainer = Trainer(

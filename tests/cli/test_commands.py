@@ -399,3 +399,12 @@ def test_amm_options_reach_the_model():
     small = EDTTransformer2DModel.from_size("S", sample_size=64)
     _set_modulation(small, "s-512", "exp", None, guidance=1.0)
     assert small.attention_modulation == AttentionModulation((10,), "cos")
+
+
+def test_a_run_on_pixels_clamps_its_predictions_and_a_converted_latent_model_does_not(edt, run, tmp_path):
+    from diffusers import DDPMScheduler
+
+    torch.save(to_official(EDTTransformer2DModel(depths=[1] * 3, dims=[16] * 3, num_heads=[2] * 3)), tmp_path / "a.pt")
+    assert edt("convert", tmp_path / "a.pt", tmp_path / "latent").code == 0
+    for folder, clamps in ((run / "model", True), (tmp_path / "latent", False)):
+        assert DDPMScheduler.from_pretrained(folder, subfolder="scheduler").config.clip_sample is clamps

@@ -1,7 +1,8 @@
 import numpy as np
+import pytest
 from PIL import Image
 
-from edt_diffusion.util.pictures import beside, grid, to_pil
+from edt_diffusion.util.pictures import beside, grid, save_png, to_pil
 
 
 def test_to_pil_keeps_pixels_and_picks_the_mode():
@@ -57,3 +58,19 @@ def test_beside_puts_pictures_under_their_titles():
     assert (sheet[26:, 40:56] == 255).all()
     for columns in (slice(0, 40), slice(56, None)):
         assert sheet[:26, columns].min() < 64  # the titles
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    save_png(picture, tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(picture))
+
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(picture.rotate(90), tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, FirstBlockCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
@@ -602,3 +603,12 @@ def test_a_saved_pipeline_opens_in_a_fresh_process_that_imports_nothing_else(tmp
 def test_a_single_step_that_would_denoise_nothing_is_refused(name):
     with pytest.raises(UserError, match="num_inference_steps=1: this scheduler needs at least 2"):
         pipeline_of(tiny_model(), class_names=NAMES)(["cat"], num_inference_steps=1, scheduler=name, seeds=[0])
+
+
+def test_an_offloaded_autoencoder_decodes_where_the_pipeline_computes(vae):
+    pipeline = quiet(pipeline_of(tiny_model(), vae=vae, class_names=NAMES))
+    arguments = {"class_labels": ["cat"], "num_inference_steps": 2, "seeds": [3], "output_type": "uint8"}
+    expected = pipeline(**arguments).images
+    cpu_offload(vae, execution_device="cpu")
+    assert vae.device.type == "meta"
+    np.testing.assert_array_equal(pipeline(**arguments).images, expected)

@@ -38,7 +38,7 @@ def sample(
     from ..pipelines.loading import load_pipeline
     from ..util.errors import UserError
     from ..util.files import make_folder
-    from ..util.pictures import grid, to_pil
+    from ..util.pictures import grid, save_png, to_pil
     from ..util.rng import image_seed
 
     quiet_libraries()
@@ -75,8 +75,8 @@ def sample(
     stems = _file_stems(row_names) or ["image"]
     for index, image in enumerate(images):
         files.append(out / f"{stems[index // number]}-{index % number:04d}.png")
-        to_pil(np.asarray(image)).save(files[-1])
-    grid(images, number, row_names).save(out / "grid.png")
+        save_png(to_pil(np.asarray(image)), files[-1])
+    save_png(grid(images, number, row_names), out / "grid.png")
     facts = {"folder": str(out), "pictures": [str(file) for file in files], "grid": str(out / "grid.png"), "seed": seed}
     finish(f"wrote {len(files)} pictures and grid.png to {out}", facts, as_json)
 

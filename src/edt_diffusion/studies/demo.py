@@ -1,5 +1,6 @@
 """`edt demo`: train on real handwritten digits, look at the result, and have it judged."""
 
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from ..evaluation.judge import PixelJudge, diversity_ratio, memorisation_ratio
 from ..pipelines import ClassConditionalPipeline
 from ..training.log import read_log
 from ..util.errors import UserError
-from ..util.files import atomic_write_json
-from ..util.pictures import beside, grid
+from ..util.files import atomic_write_bytes, atomic_write_json
+from ..util.pictures import beside, grid, save_png
 from ..util.rng import image_seed
 
 HELD_OUT = 0.2
@@ -119,8 +120,8 @@ def _judge(
     report["sample_seconds"] = round(time.perf_counter() - start, 1)
     shown = np.concatenate([np.arange(10) + label * PER_CLASS for label in range(classes)])
     off, on = (grid(images[name][shown], 10, training.class_names, 32) for name in ("guided", "guided_amm"))
-    off.save(folder / "samples.png")
-    beside([off, on], ["AMM off", "AMM on"]).save(folder / "amm.png")
+    save_png(off, folder / "samples.png")
+    save_png(beside([off, on], ["AMM off", "AMM on"]), folder / "amm.png")
     headline = results["guided"]
     report |= {
         "class_fidelity": headline["class_fidelity"],
@@ -157,6 +158,8 @@ def _losses(folder: Path, config: RunConfig) -> dict[str, float]:
         facts[f"loss_{name}_last"] = float(np.mean(values[-tenth:]))
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="Loss of the pass with full and with masked input")
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    atomic_write_bytes(folder / "loss.png", drawn.getvalue())
     pyplot.close(figure)
     return facts

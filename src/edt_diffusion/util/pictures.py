@@ -1,14 +1,25 @@
 """Pictures that a person looks at: grids and contact sheets."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import atomic_write_bytes
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
     """uint8 (H, W, 1) or (H, W, 3) to a PIL picture of mode L or RGB."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG in one step: whenever the process is killed, the file is whole or not there."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def grid(images: np.ndarray, columns: int, row_names: Sequence[str] | None = None, min_side: int = 64) -> Image.Image:
