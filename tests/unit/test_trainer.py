@@ -474,7 +474,7 @@ def test_a_run_that_cannot_go_on_gives_the_lock_back(tmp_path):
 
 
 def test_a_system_without_locks_does_without(tmp_path, monkeypatch):
-    from edt_diffusion.training import lock
+    from edt_diffusion.util import lock
 
     monkeypatch.setattr(lock, "fcntl", None)
     for _ in range(2):

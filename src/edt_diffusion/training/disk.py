@@ -1,17 +1,13 @@
 """What is said when the disk refuses."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..util.disk import disk_full
 from ..util.errors import UserError
-
-# A full disk or quota; safetensors tells the number in words only.
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-_FULL_WORDS = ("No space left", "quota exceeded")
 
 
 @contextmanager
@@ -24,8 +20,8 @@ def told_by_the_disk(step: int, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
+        remedy = "make room" if disk_full(error) else "mend that"
         raise UserError(
-            f"step {step} cannot be saved in {folder} ({error}): {'make room' if full else 'mend that'} and run the "
-            "same command again; it goes on from the last step saved"
+            f"step {step} cannot be saved in {folder} ({error}): {remedy} and run the same command again; it goes on "
+            "from the last step saved"
         ) from error

@@ -1,22 +1,12 @@
 """One process at a time in a run folder."""
 
-import contextlib
-import os
 from pathlib import Path
-from types import TracebackType
 
-from ..util.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from ..util.lock import Lock
 
 
-class RunLock:
-    """Exclusive advisory lock on a run folder, held from `acquire` to `release` or to the end of the process.
-
-    A file system without locks, or a system without `fcntl`, does without.
+class RunLock(Lock):
+    """Exclusive advisory lock on a run folder; see `util.lock.Lock`.
 
     Args:
         folder: the run folder; must exist when the lock is acquired.
@@ -24,52 +14,5 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, active: bool = True) -> None:
-        self.path = folder / ".lock"
-        self.active = active and fcntl is not None
-        self._descriptor: int | None = None
-
-    def acquire(self) -> None:
-        """Take the lock; nothing happens if this object holds it.
-
-        Raises:
-            UserError: if somebody else holds it.
-        """
-        if not self.active or fcntl is None or self._descriptor is not None:
-            return
-        try:
-            # For reading only: the file may be another user's.
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be opened ({error.strerror}): choose another --out") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(
-                f"another process is training in {self.path.parent}: wait for it, or choose another --out"
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            return
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        """Give the lock back; nothing happens if it is not held. The file stays: removing it would be a race."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None and fcntl is not None:
-            # Closing alone would leave it to a loader process, which was forked with a copy of the descriptor.
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
-
-    def __enter__(self) -> "RunLock":
-        self.acquire()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        self.release()
+        refusal = f"another process is training in {folder}: wait for it, or choose another --out"
+        super().__init__(folder / ".lock", refusal, active)

@@ -31,14 +31,26 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; the old file is then untouched.
     """
+    # "x" and not `tempfile`: the file gets the user's umask, where tempfile would leave it private for ever.
+    with atomic_path(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file that appears under its name only when it is complete, replacing one that is there.
+
+    Yields the name of a file to make beside `path`. When the block ends it is flushed to the disk and renamed to
+    `path`; when the block raises, it is removed.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; the old file is then untouched.
+    """
     target = Path(path)
     temporary = _temporary_sibling(target)
     try:
-        # "x" and not `tempfile`: the file gets the user's umask, where tempfile would leave it private for ever.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync_file(temporary)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -151,12 +163,16 @@ def _move_into_place(temporary: Path, target: Path) -> None:
 def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root):
         for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_file(Path(folder, name))
         _sync_folder(Path(folder))
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only what it may write
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

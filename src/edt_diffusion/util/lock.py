@@ -1,0 +1,75 @@
+"""One process at a time."""
+
+import contextlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Lock:
+    """Exclusive advisory lock on a file or folder, held from `acquire` to `release` or to the end of the process.
+
+    A file system without locks, or a system without `fcntl`, does without.
+
+    Args:
+        path: a folder that exists when the lock is acquired, or a file that is made if absent.
+        refusal: what to tell a user when somebody else holds it.
+        active: False for the processes of a job that only help the one that writes.
+    """
+
+    def __init__(self, path: Path, refusal: str, active: bool = True) -> None:
+        self.path = path
+        self.refusal = refusal
+        self.active = active and fcntl is not None
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock; nothing happens if this object holds it.
+
+        Raises:
+            UserError: if somebody else holds it.
+        """
+        if not self.active or fcntl is None or self._descriptor is not None:
+            return
+        try:
+            # For reading only: the file may be another user's.
+            descriptor = os.open(self.path, os.O_RDONLY | (0 if self.path.is_dir() else os.O_CREAT), 0o666)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be opened ({error.strerror}): choose another --out") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(self.refusal) from None
+        except OSError:
+            os.close(descriptor)
+            return
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens if it is not held. The file stays: removing it would be a race."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None and fcntl is not None:
+            # Closing alone would leave it to a loader process, which was forked with a copy of the descriptor.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def __enter__(self) -> "Lock":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
