@@ -12,7 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from .config import RunConfig, SamplesConfig, begun_config, parse_config, refuse_changes, settled, to_yaml
-from .data import ImageDataset, open_images, require_classes, training_loader
+from .data import ImageDataset, LatentStore, open_dataset, require_classes, training_loader
+from .data.codec import LatentScaling
+from .data.dataset import described, make_order
+from .data.shard_files import IntegrityCheck
+from .data.vae import load_vae, vae_sha256
 from .models import BACKBONES
 from .objectives.config import build_objective
 from .pipelines import ClassConditionalPipeline, make_scheduler
@@ -25,39 +29,32 @@ from .util.lookup import lookup
 from .util.pictures import grid, save_png
 from .util.rng import image_seed
 
-
-def open_data(config: RunConfig) -> ImageDataset:
-    """The pictures a configuration names."""
-    data = config.data
-    if data.path is None:
-        raise UserError("no pictures given: use --data PATH, or set data.path in the configuration")
-    return open_images(
-        data.path,
-        size=data.size,
-        channels=data.channels,
-        crop=data.crop,
-        cache=data.cache,
-        label_column=data.label_column,
-        image_column=data.image_column,
-        limit=data.limit,
-    )
+# Stores up to this size are hashed before the first step, larger ones beside the training.
+_CHECKED_AT_START = 1 << 30
 
 
-def complete(config: RunConfig, dataset: ImageDataset) -> RunConfig:
-    """Fill in what the pictures decide about the model, and refuse what contradicts them."""
+def open_data(config: RunConfig, quiet: bool = True) -> ImageDataset | LatentStore:
+    """The pictures or latents that a configuration names; see `data.open_dataset`."""
+    return open_dataset(config.data, config.seed, quiet)
+
+
+def complete(config: RunConfig, dataset: ImageDataset | LatentStore) -> RunConfig:
+    """Fill in what the data decide about the model, and refuse what contradicts them."""
     model = dict(config.model)
-    height, width = dataset.size
+    channels, height, width = dataset.shape
     told: dict[str, Any] = {
         "sample_size": height if height == width else [height, width],
-        "in_channels": dataset.channels,
+        "in_channels": channels,
     }
     if model.get("num_classes", 0) is not None:
         require_classes(dataset)
         told["num_classes"] = len(dataset.class_names or [])
+    kind = "latents" if isinstance(dataset, LatentStore) and dataset.manifest.kind != "pixels" else "pictures"
     for name, value in told.items():
         if model.setdefault(name, value) != value:
-            raise UserError(f"model.{name}={model[name]} does not fit the pictures, which need {value}: leave it out")
-    return parse_config({**config.model_dump(mode="json"), "model": model})
+            raise UserError(f"model.{name}={model[name]} does not fit the {kind}, which need {value}: leave it out")
+    data = described(config.data, dataset)
+    return parse_config({**config.model_dump(mode="json"), "model": model, "data": data.model_dump(mode="json")})
 
 
 def build_model(config: RunConfig) -> Any:
@@ -76,10 +73,49 @@ def build_model(config: RunConfig) -> Any:
         raise UserError(f"the model cannot be built: {error}{hint}") from None
 
 
-def build_pipeline(model: Any, class_names: list[str] | None, pixels: bool) -> ClassConditionalPipeline:
-    """The pipeline around a model, with the scheduler of its training process; predictions of pixels are clamped."""
-    scheduler = make_scheduler("ddpm", learned_variance=model.config.learn_sigma, clip_sample=pixels)
-    pipeline = ClassConditionalPipeline(model, scheduler, class_names=class_names)
+def open_codec(config: RunConfig, dataset: ImageDataset | LatentStore) -> Any:
+    """The autoencoder behind the latents of a store; None if the model sees pixels.
+
+    Raises:
+        UserError: the store has no copy and none is named, or the one named is another than made the store.
+    """
+    if not isinstance(dataset, LatentStore) or dataset.manifest.kind == "pixels":
+        return None
+    source = config.data.codec or dataset.codec_folder
+    facts = dataset.manifest.codec
+    if source is None:
+        told = f"it was made by {facts.id}" if facts else "it does not say by which it was made"
+        raise UserError(f"{dataset.source} holds no copy of its autoencoder ({told}): name it with data.codec")
+    vae = load_vae(source)
+    if facts is not None and vae_sha256(vae) != facts.sha256:
+        raise UserError(
+            f"the autoencoder {source!r} is not the one that made {dataset.source} ({facts.id}): its weights differ; "
+            "give that one, or encode the pictures anew"
+        )
+    return vae
+
+
+def build_pipeline(
+    model: Any,
+    class_names: list[str] | None,
+    vae: Any = None,
+    scaling: LatentScaling | None = None,
+    pixels: bool = True,
+) -> ClassConditionalPipeline:
+    """The pipeline around a model, with the scheduler of its training process; predictions of pixels are clamped.
+
+    Args:
+        model: the network.
+        class_names: in label order, or None.
+        vae: the autoencoder of a model of latents.
+        scaling: what was applied to the latents in training, if not what the autoencoder's configuration says.
+        pixels: whether the model sees pixels.
+    """
+    scheduler = make_scheduler("ddpm", learned_variance=model.config.learn_sigma, clip_sample=pixels and vae is None)
+    own = {}
+    if vae is not None and scaling is not None and scaling != LatentScaling.of_config(vae.config):
+        own = {"latents_mean": list(scaling.shift), "latents_std": [1 / scale for scale in scaling.scale]}
+    pipeline = ClassConditionalPipeline(model, scheduler, vae=vae, class_names=class_names, **own)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -100,6 +136,7 @@ def sample_classes(
             num_inference_steps=settings.num_inference_steps,
             scheduler=settings.scheduler,
             seeds=seeds,
+            batch_size=None if pipeline.vae is None else settings.decode_batch,
             output_type="uint8",
         ).images  # pyright: ignore[reportAttributeAccessIssue]
     names = pipeline.class_names or [str(row) for row in range(rows)]
@@ -109,7 +146,7 @@ def sample_classes(
 def build_trainer(
     config: RunConfig,
     folder: Path,
-    dataset: ImageDataset | None = None,
+    dataset: ImageDataset | LatentStore | None = None,
     *,
     quiet: bool = False,
     allow_changes: bool = False,
@@ -134,7 +171,8 @@ def build_trainer(
         raise UserError(
             "train.mixed_precision=fp16 needs a GPU (it is a hundred times slower on a CPU): use bf16 or no"
         )
-    dataset = dataset or open_data(config)
+    if dataset is None:
+        dataset = open_data(config, quiet)
     begun = begun_config(folder)
     class_names = dataset.class_names if config.model.get("num_classes", 0) is not None else None
     facts = picture_facts(dataset, class_names)
@@ -143,7 +181,9 @@ def build_trainer(
     config = complete(config, dataset)
     model = build_model(config)
     config = settled(config, begun)
-    pipeline = build_pipeline(model, class_names, pixels=True)
+    vae = open_codec(config, dataset)
+    scaling = dataset.scaling if isinstance(dataset, LatentStore) else None
+    pipeline = build_pipeline(model, class_names, vae, scaling)
     objective = build_objective(config.objective, model.config.learn_sigma)
     if objective.mask_plan is not None and len(objective.mask_plan.down) != len(model.mask_grids):
         raise UserError(
@@ -154,10 +194,15 @@ def build_trainer(
         refuse_changes(begun, config, folder)
 
     accelerator = _build_accelerator(config)
+    if vae is not None:
+        vae.to(accelerator.device)
+    check = _integrity_check(config, dataset, accelerator)
+    order = make_order(config.data, dataset, config.seed)
 
     def make_loader(start_step: int) -> Iterator[dict[str, Any]]:
         return training_loader(
             dataset,
+            order=order,
             seed=config.seed,
             global_batch=config.train.batch_size,
             rank=accelerator.process_index,
@@ -166,6 +211,7 @@ def build_trainer(
             micro_batches=config.train.micro_batches,
             flip=config.data.flip,
             workers=config.data.workers,
+            check=None if check is None else check.raise_failure,
         )  # pyright: ignore[reportReturnType]
 
     def export() -> None:
@@ -205,6 +251,19 @@ def build_trainer(
         trainer.lock.release()
         raise
     return trainer
+
+
+def _integrity_check(
+    config: RunConfig, dataset: ImageDataset | LatentStore, accelerator: Accelerator
+) -> IntegrityCheck | None:
+    """The check of a store's shards, done ("start") or begun ("background") as `data.verify` says."""
+    if not isinstance(dataset, LatentStore) or config.data.verify == "off":
+        return None
+    check = dataset.integrity_check(accelerator.process_index, accelerator.num_processes).start()
+    size = sum(shard.bytes for shard in dataset.manifest.shards)
+    if config.data.verify == "start" or (config.data.verify == "auto" and size <= _CHECKED_AT_START):
+        check.wait()
+    return check
 
 
 def _build_accelerator(config: RunConfig) -> Accelerator:

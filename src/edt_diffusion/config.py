@@ -21,7 +21,7 @@ from .util.lookup import lookup, nearest
 # Settings that do not change what is trained: the length of the run, how often it saves and tells.
 _HARMLESS = (
     "train.steps:", "train.log_every:", "train.save_every:", "train.sample_every:", "train.keep_checkpoints:",
-    "samples.", "data.workers:", "data.cache:",
+    "samples.", "data.workers:", "data.cache:", "data.verify:", "data.codec_batch:",
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ class SamplesConfig(BaseModel):
     scheduler: str = "ddim"
     num_inference_steps: int = Field(default=25, ge=1, le=1000)
     guidance_scale: float = Field(default=2.0, ge=0)
+    decode_batch: int = Field(default=16, ge=1)
     seed: int = 0
 
     @field_validator("scheduler")

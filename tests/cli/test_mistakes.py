@@ -141,9 +141,9 @@ def test_settings(train, override, words):
 
 
 def test_configurations(edt, work, pictures, config):
-    assert_mistake(edt("train", "small-23"), "'small-23'", "digits, small-32", "did you mean 'small-32'?")
+    assert_mistake(edt("train", "small-23"), "'small-23'", "digits, edt-s-256, small-32", "did you mean 'small-32'?")
     assert_mistake(edt("train", pictures), str(pictures), "--data")
-    assert_mistake(edt("train"), "no configuration given", "digits, small-32")
+    assert_mistake(edt("train"), "no configuration given", "digits, edt-s-256, small-32")
     assert_mistake(edt("train", config, "extra"), "'extra'", "key.path=value")
     Path("bad.yaml").write_text("train: {steps: 3\nseed: [\n")
     assert_mistake(edt("train", "bad.yaml"), "bad.yaml is not valid YAML", "line 2")

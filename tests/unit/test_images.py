@@ -9,13 +9,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from edt_diffusion.data.images import (
-    DataConfig,
-    ImageDataset,
-    open_images,
-    require_classes,
-    stratified_split,
-)
+from edt_diffusion.data import DataConfig, ImageDataset, open_images, require_classes, stratified_split
 from edt_diffusion.data.picture import fit_picture, load_picture
 from edt_diffusion.util.errors import UserError
 
@@ -239,7 +233,7 @@ def test_folder_of_classes(two_classes: Path, cache: str) -> None:
     assert dataset.labels.dtype == np.int64
     assert dataset.labels.tolist() == [0] * 4 + [1] * 4
     assert dataset.class_counts() == {"cat": 4, "dog": 4}
-    assert dataset.ignored_files == 3
+    assert len(dataset.problems) == 4
     values = [0, 1, 2, 3, 100, 101, 102, 103]
     for index, value in enumerate(values):
         np.testing.assert_array_equal(dataset.image(index), np.full((4, 6, 3), value, dtype=np.uint8))
@@ -574,18 +568,10 @@ def test_split_of_small_classes_and_wrong_fractions(two_classes: Path) -> None:
 def test_data_config() -> None:
     config = DataConfig.model_validate({"path": "pictures", "size": [32, 48], "channels": 1, "limit": 5})
     assert config.size == (32, 48)
-    assert DataConfig(size=8).model_dump() == {
-        "path": None,
-        "size": 8,
-        "channels": 3,
-        "crop": "center",
-        "flip": False,
-        "cache": "auto",
-        "label_column": "label",
-        "image_column": "image",
-        "workers": 0,
-        "limit": None,
-    }
+    defaults = DataConfig(size=8).model_dump()
+    expected = {"path": None, "codec": None, "size": 8, "channels": 3, "crop": "center", "flip": False, "workers": 0}
+    assert {name: defaults[name] for name in expected} == expected
+    assert DataConfig.model_validate({"verify": False}).verify == "off"  # as YAML reads the word
     for wrong in ({"size": 0}, {"size": 8, "sise": 9}, {"size": 8, "channels": 4}, {"size": 8, "workers": -1}):
         with pytest.raises(ValidationError):
             DataConfig.model_validate(wrong)

@@ -13,12 +13,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from edt_diffusion import ClassConditionalPipeline, RespacedDDIMScheduler
-from edt_diffusion.data.codec import VAECodec, to_uint8
+from edt_diffusion.data.codec import VAECodec, load_vae, to_uint8
 from edt_diffusion.pipelines import make_scheduler
 from edt_diffusion.pipelines.guidance import combine
+from edt_diffusion.pipelines.loading import load_pipeline
 from edt_diffusion.pipelines.schedulers import SCHEDULERS, default_steps, scheduler_like
 from edt_diffusion.util.errors import UserError
 
@@ -416,7 +418,7 @@ def test_wrong_options(edt, options, message):
 
 
 def test_wrong_number_of_class_names():
-    with pytest.raises(ValueError, match="2 class names for a model of 5 classes"):
+    with pytest.raises(UserError, match="2 class names for a model of 5 classes"):
         pipeline_of(Stub(), class_names=["a", "b"])
 
 
@@ -505,7 +507,104 @@ def test_latents_are_decoded_by_the_autoencoder(vae, tmp_path):
     np.testing.assert_array_equal(loaded(["cat", "dog"], **options).images, pixels)
 
 
+def test_decoding_in_batches(vae, monkeypatch):
+    pipeline = pipeline_of(tiny_model(), vae=vae, class_names=NAMES)
+    options = {"class_labels": [0, 1, 2, 3, 4], "seeds": [1, 2, 3, 4, 5], "num_inference_steps": 2}
+    whole = {kind: pipeline(**options, output_type=kind).images for kind in ("pt", "uint8", "np", "pil")}
+    sizes = []
+    decode = vae.decode
+
+    def counted(latents):
+        sizes.append(len(latents))
+        return decode(latents)
+
+    monkeypatch.setattr(vae, "decode", counted)
+    for kind, expected in whole.items():
+        sizes.clear()
+        images = pipeline(**options, output_type=kind, batch_size=2).images
+        assert sizes == [2, 2, 1]
+        assert len(images) == 5
+        # Samples of other batch sizes differ in their last digits: by at most one level.
+        tolerance = {"pt": 1e-3, "np": 1.01 / 255, "uint8": 1, "pil": 1}[kind]
+        for one, other in zip(images, expected, strict=True):
+            assert np.abs(np.asarray(one).astype(float) - np.asarray(other).astype(float)).max() <= tolerance
+    sizes.clear()
+    pipeline(**options, output_type="uint8")
+    assert sizes == [5]
+
+
+def test_measured_scaling_replaces_the_autoencoders_own(vae, tmp_path):
+    mean, std = [0.25, -3.0, 0.1], [0.7, 2.0, 1 / 3]
+    pipeline = pipeline_of(tiny_model(), vae=vae, latents_mean=mean, latents_std=np.array(std))
+    latent = latents(pipeline, [0, 1], seeds=[1, 2])
+    options = {"class_labels": [0, 1], "seeds": [1, 2], "num_inference_steps": 4, "output_type": "pt"}
+    images = pipeline(**options).images
+    column = {"mean": torch.tensor(mean).reshape(1, 3, 1, 1), "std": torch.tensor(std).reshape(1, 3, 1, 1)}
+    with torch.no_grad():
+        expected = vae.decode(latent * column["std"] + column["mean"]).sample.clamp(-1, 1)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    plain = pipeline_of(pipeline.transformer, vae=vae)(**options).images
+    assert (plain - images).abs().max() > 0.01
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(ClassConditionalPipeline.from_pretrained(tmp_path))
+    assert loaded.config["latents_mean"] == mean
+    assert loaded.config["latents_std"] == std
+    assert torch.equal(loaded(**options).images, images)
+    # Without the autoencoder, as one loads it to save memory, the latents are to be had and the pictures are not.
+    bare = quiet(ClassConditionalPipeline.from_pretrained(tmp_path, vae=None))
+    assert torch.equal(latents(bare, [0, 1], seeds=[1, 2]), latent)
+    with pytest.raises(UserError, match="the pipeline has no vae"):
+        bare(**options)
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ({"latents_mean": [0.0] * 3}, "latents_mean is given without latents_std: give both, or neither"),
+        ({"latents_std": [1.0] * 3}, "latents_std is given without latents_mean"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "4 latents_mean and 4 latents_std .* of 3 channels"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 2}, "3 latents_mean and 2 latents_std"),
+        ({"latents_mean": [], "latents_std": []}, "0 latents_mean and 0 latents_std"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0, 0.0, 1.0]}, "channel 1 has mean 0 and deviation 0"),
+    ],
+)
+def test_wrong_measured_figures(vae, figures, message):
+    with pytest.raises(UserError, match=message):
+        pipeline_of(tiny_model(), vae=vae, **figures)
+
+
 # ---- files ----
+
+
+@pytest.mark.parametrize("how", ["diffusers", "load_vae", "pipeline"])
+def test_no_path_is_saved(vae, tmp_path, how):
+    """Wherever the parts were loaded from: a folder is to be the same on every machine."""
+    vae.save_pretrained(tmp_path / "vae")
+    if how == "pipeline":
+        pipeline_of(tiny_model(), vae=AutoencoderKL.from_pretrained(tmp_path / "vae")).save_pretrained(tmp_path / "a")
+        pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "a")
+        assert str(tmp_path) in str([pipeline.name_or_path, pipeline.vae.config])  # or there is nothing to test
+    else:
+        loaded = AutoencoderKL.from_pretrained(tmp_path / "vae") if how == "diffusers" else load_vae(tmp_path / "vae")
+        pipeline = pipeline_of(tiny_model(), vae=loaded)
+    pipeline.save_pretrained(tmp_path / "saved")
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.suffix == ".json"]
+    assert {path.parent.name for path in files} == {"saved", "transformer", "vae", "scheduler"}
+    for path in files:
+        assert str(tmp_path) not in path.read_text(), path
+        assert "_name_or_path" not in json.loads(path.read_text()), path
+    again = ClassConditionalPipeline.from_pretrained(tmp_path / "saved")
+    assert again.vae.config["scaling_factor"] == 0.5
+
+
+def test_an_autoencoder_without_its_weights_is_named(vae, tmp_path):
+    pipeline_of(tiny_model(), vae=vae).save_pretrained(tmp_path)
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks the weights decoder\.conv_out\.bias: the folder is incomplete"):
+        load_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -612,3 +711,5 @@ def test_an_offloaded_autoencoder_decodes_where_the_pipeline_computes(vae):
     cpu_offload(vae, execution_device="cpu")
     assert vae.device.type == "meta"
     np.testing.assert_array_equal(pipeline(**arguments).images, expected)
+    both = pipeline(**arguments | {"class_labels": ["cat", "cat"], "seeds": [3, 3], "batch_size": 1}).images
+    np.testing.assert_array_equal(both, np.concatenate([expected, expected]))

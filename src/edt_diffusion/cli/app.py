@@ -6,6 +6,7 @@ import typer
 
 from .convert import convert
 from .demo import demo
+from .encode import encode
 from .info import info
 from .sample import sample
 from .train import train
@@ -14,6 +15,7 @@ INTRODUCTION = """\
 edt: train, run and judge an image generator (EDT, the Efficient Diffusion Transformer) on your own labelled pictures.
 
   edt demo                                   train on real digits and look at the result, in minutes
+  edt encode pictures/ --codec VAE --out lat/  pictures to a latent store, for training at 256 or 512 pixels
   edt train small-32 --data pictures/        train on pictures, one sub-folder per class; run it again to resume
   edt sample runs/small-32 --classes a,b     pictures of the classes you name
   edt info EDT-S/2                           size, cost, token grids and attention modulation of a model
@@ -43,7 +45,7 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
         print(INTRODUCTION, flush=True)
 
 
-for _command in (demo, train, sample, info, convert):
+for _command in (demo, encode, train, sample, info, convert):
     # The last paragraph of a docstring is the example with which the help ends; \b keeps it on its lines.
     _text, _, _example = inspect.getdoc(_command).rpartition("\n\n")  # pyright: ignore[reportOptionalMemberAccess]
     app.command(help=_text, epilog=f"\b\n{_example}")(_command)

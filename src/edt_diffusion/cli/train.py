@@ -12,8 +12,9 @@ def train(
     source: str | None = typer.Argument(None, metavar="CONFIG", help="YAML file, preset or run folder."),
     overrides: list[str] = typer.Argument(None, metavar="key.path=value", help="Settings to change."),
     data: str = typer.Option(
-        None, "--data", help="Pictures: a folder with one sub-folder per class, a flat folder, or Parquet."
+        None, "--data", help="Pictures (a folder per class, a flat folder, tables, archives, ...) or a latent store."
     ),
+    codec: str = typer.Option(None, "--codec", help="Autoencoder (folder or hub id) to encode the pictures with."),
     out: Path = typer.Option(None, "--out", help="Run folder (default: runs/ and the name of the configuration)."),
     resume: bool = typer.Option(False, "--resume", help="Insist on continuing: fail if there is no checkpoint."),
     allow_changes: bool = typer.Option(False, "--allow-changes", help="Continue though settings have changed."),
@@ -46,6 +47,7 @@ def train(
         source = str(Path(source) / "config.yaml")
     # As a JSON string: YAML would take a folder called 2024 for a number.
     given += [f"data.path={json.dumps(data)}"] if data else []
+    given += [f"data.codec={json.dumps(codec)}"] if codec else []
     folder = out or Path("runs") / Path(source).stem
     config = load_config(run_source(source, folder), given)
     if resume and not CheckpointStore(folder / "checkpoints").steps():

@@ -1,20 +1,39 @@
-"""From pictures on disk to training batches: `images` (read and crop), `codec` (pixels or latents), `loader`."""
+"""From pictures to training batches.
 
+`sources` (what a path holds), `picture` (decode, crop), `images` (pictures as data), `codec` and `vae` (pixels or
+latents), `encode` (pictures to a store), `latents` (a store as data), `order` and `loader`, `dataset` (all of it from
+a run's settings).
+"""
+
+from .classes import require_classes, stratified_split
 from .codec import Codec, PixelCodec, VAECodec, from_uint8, to_uint8
-from .images import DataConfig, ImageDataset, open_images, require_classes, stratified_split
-from .loader import Batch, Place, StepBatchSampler, TrainingImages, training_loader
+from .config import DataConfig
+from .dataset import open_dataset
+from .images import ImageDataset, open_images
+from .latents import LatentStore
+from .loader import Batch, Place, Places, StepBatchSampler, TrainingData, TrainingSamples, training_loader
+from .order import BalancedShuffle, BucketedOrder, GlobalShuffle, Order, ShardShuffle
 
 __all__ = [
+    "BalancedShuffle",
     "Batch",
+    "BucketedOrder",
     "Codec",
     "DataConfig",
+    "GlobalShuffle",
     "ImageDataset",
+    "LatentStore",
+    "Order",
     "PixelCodec",
     "Place",
+    "Places",
+    "ShardShuffle",
     "StepBatchSampler",
-    "TrainingImages",
+    "TrainingData",
+    "TrainingSamples",
     "VAECodec",
     "from_uint8",
+    "open_dataset",
     "open_images",
     "require_classes",
     "stratified_split",

@@ -2,9 +2,6 @@
 
 - `open_images`      a folder, Parquet files or a built-in set -> `ImageDataset`
 - `ImageDataset`     pictures, labels and class names; `subset`, `class_counts`
-- `stratified_split` training and held-out part, class by class
-- `require_classes`  what a class-conditional model asks of a dataset
-- `DataConfig`       the settings, as they stand in a run's YAML
 
 What a path is stands in `sources`, what is done to one picture in `picture`.
 """
@@ -12,41 +9,20 @@ What a path is stands in `sources`, what is done to one picture in `picture`.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+import torch
 
 from ..util import rng
 from ..util.errors import UserError
+from .codec import from_uint8
 from .picture import Crop, check_pictures, decoding_error, fit_picture, load_picture, verify_picture
-from .sources import Reader, find_source
+from .sources import EMPTY_CLASS, Problem, Reader, StreamedSource, find_source
 
 Cache = Literal["auto", "memory", "none"]
 
 _AUTO_CACHE_BYTES = 1 << 30
-
-
-class DataConfig(BaseModel):
-    """Where the pictures of a run come from and how they are prepared; the arguments of `open_images` and the loader.
-
-    `size` is one number for squares or `[height, width]`, in pixels; `label_column: null` reads no labels; `limit`
-    keeps that many pictures, evenly spaced over the source; `workers` are loader processes (0: the training process
-    itself, the faster choice when the pictures are cached in memory).
-    """
-
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # a folder may be called 2024
-
-    path: str | None = None
-    size: PositiveInt | tuple[PositiveInt, PositiveInt]
-    channels: Literal[1, 3] = 3
-    crop: Crop = "center"
-    flip: bool = False
-    cache: Cache = "auto"
-    label_column: str | None = "label"
-    image_column: str = "image"
-    workers: Annotated[int, Field(ge=0)] = 0
-    limit: PositiveInt | None = None
 
 
 class ImageDataset:
@@ -59,13 +35,14 @@ class ImageDataset:
         labels: int64 array of shape (N,), values in `0 .. len(class_names) - 1`, or None. Do not write to it.
         size: (height, width) in pixels.
         channels: 3 (RGB) or 1 (grayscale).
+        random_crop: whether `batch` cuts each picture out anew in every epoch.
         source: a short description of where the pictures come from.
-        ignored_files: how many files of a folder were passed over because they are hidden or not pictures.
+        problems: what the source passed over, such as hidden files and files that are not pictures.
     """
 
     def __init__(
         self,
-        decode: Callable[[int], np.ndarray],
+        decode: Callable[..., np.ndarray],
         rows: np.ndarray,
         *,
         size: tuple[int, int],
@@ -73,22 +50,26 @@ class ImageDataset:
         source: str,
         labels: np.ndarray | None = None,
         class_names: list[str] | None = None,
-        ignored_files: int = 0,
+        problems: Sequence[Problem] = (),
         cached: np.ndarray | None = None,
+        random_crop: bool = False,
     ) -> None:
         """Put a dataset together; users call `open_images`.
 
         Args:
-            decode: row number of the source -> uint8 array of shape (H, W, C).
+            decode: row number of the source -> uint8 array of shape (H, W, C); with `random_crop` also called with a
+                generator after the number, and then cutting at random.
             rows: int64 array of shape (N,), the source's row of each picture.
             size: (height, width) of every picture.
             channels: 1 or 3.
             source: a short description.
             labels: int64 array of shape (N,) or None.
             class_names: the names behind the labels, or None.
-            ignored_files: how many files were passed over.
+            problems: what was passed over.
             cached: uint8 array of shape (rows of the source, H, W, C) that replaces `decode`, shared by subsets.
+            random_crop: cut pictures at random in `batch`; excludes `cached`.
         """
+        assert cached is None or not random_crop, "a cached picture would be cropped once for all epochs"
         self._decode = decode
         self._rows = rows
         self._cached = cached
@@ -97,7 +78,8 @@ class ImageDataset:
         self.source = source
         self.labels = labels
         self.class_names = class_names
-        self.ignored_files = ignored_files
+        self.problems = problems
+        self.random_crop = random_crop
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -107,8 +89,15 @@ class ImageDataset:
         """Whether all pictures are decoded and kept in RAM."""
         return self._cached is not None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one picture, as the model sees it."""
+        return self.channels, *self.size
+
     def image(self, index: int) -> np.ndarray:
         """Return picture `index` as a new uint8 array of shape (H, W, C), values 0-255.
+
+        Nothing is drawn: where training crops at random, this is the centre crop.
 
         Raises:
             IndexError: `index` is outside the dataset.
@@ -125,6 +114,41 @@ class ImageDataset:
         for slot, index in enumerate(indices):
             pictures[slot] = self.image(int(index))
         return pictures
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int, flip: bool) -> torch.Tensor:
+        """Return pictures as training sees them: cropped at random if `random_crop`, flipped at random if asked.
+
+        What is drawn for a picture depends on the seed, its epoch and its index only.
+
+        Args:
+            indices: int64 array of shape (B,), the pictures.
+            epochs: int64 array of shape (B,), the epoch that each of them is read in.
+            seed: the run's seed.
+            flip: flip each picture left to right with probability 1/2.
+
+        Returns:
+            float32 of shape (B, C, H, W), values in [-1, 1].
+
+        Raises:
+            IndexError, UserError: as `image`.
+        """
+        if self.random_crop:
+            pictures = np.empty((len(indices), *self.size, self.channels), dtype=np.uint8)
+            for slot, (index, epoch) in enumerate(zip(indices.tolist(), epochs.tolist(), strict=True)):
+                draw = rng.stream(seed, rng.Purpose.CROP, step=epoch, position=index)
+                pictures[slot] = self._decode(int(self._rows[index]), draw)
+        else:
+            pictures = self.images(indices)
+        if flip:
+            flipped = np.array(
+                [
+                    rng.stream(seed, rng.Purpose.FLIP, step=epoch, position=index).random() < 0.5
+                    for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True)
+                ],
+                dtype=bool,
+            )
+            pictures[flipped] = pictures[flipped, :, ::-1]
+        return from_uint8(pictures)
 
     def class_counts(self) -> dict[str, int]:
         """Return the number of pictures of each class in label order, zeros included; empty if unlabelled."""
@@ -150,8 +174,9 @@ class ImageDataset:
             source=self.source,
             labels=None if self.labels is None else self.labels[picked],
             class_names=self.class_names,
-            ignored_files=self.ignored_files,
+            problems=self.problems,
             cached=self._cached,
+            random_crop=self.random_crop,
         )
 
 
@@ -164,25 +189,22 @@ def open_images(
     cache: Cache = "auto",
     label_column: str | None = "label",
     image_column: str = "image",
+    split: str | None = None,
     limit: int | None = None,
 ) -> ImageDataset:
     """Open the pictures behind one path and make sure that each of them can be decoded.
 
     Args:
-        path: one of
-            - a folder with one sub-folder per class (class names are the sorted sub-folder names),
-            - a folder of pictures (unlabelled),
-            - a `.parquet` file, or a folder of them, with the Hugging Face `datasets` columns (all of its *encoded*
-              pictures are held in memory),
-            - the built-in set `digits`: 1,797 handwritten digits of 8x8 pixels that come with scikit-learn (a folder
-              of that name is `./digits`).
+        path: folders, tables, archives, datasets of the hub, URLs, a built-in set; see `data.sources.find_source`.
         size: side of the square, or (height, width), in pixels.
         channels: 3 for RGB, 1 for grayscale.
-        crop: "center" scales a picture until it covers `size` and cuts the middle out; "resize" distorts it to `size`.
+        crop: "center" scales a picture until it covers `size` and cuts the middle out; "random" scales it a little
+            larger by chance and cuts at a random place, anew in every epoch; "resize" distorts it to `size`.
         cache: "memory" decodes everything now; "none" decodes a picture each time it is asked for; "auto" is "memory"
-            if the decoded pictures take less than 1 GiB.
-        label_column: Parquet column of the labels (integers, class labels or strings); None reads no labels.
-        image_column: Parquet column of the encoded pictures.
+            if the decoded pictures take less than 1 GiB. With `crop` "random", "auto" is "none".
+        label_column: column of the labels in tables (integers, class labels or strings); None reads no labels.
+        image_column: column of the encoded pictures in tables.
+        split: of a source with several.
         limit: keep this many pictures, evenly spaced over the source so that every class keeps its share.
 
     Returns:
@@ -190,14 +212,31 @@ def open_images(
 
     Raises:
         UserError: the path is missing, holds no pictures or a layout that cannot be told apart, a picture cannot be
-            decoded, a column is missing, or labels do not fit their classes.
+            decoded, a column is missing, labels do not fit their classes, or random crops were to be kept in memory.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise UserError(f"size is {height}x{width} pixels: expected at least 1x1")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: expected at least 1 picture, or null for all")
-    found = find_source(path, image_column, label_column)
+    if crop == "random":
+        if cache == "memory":
+            raise UserError(
+                "data.cache is memory, which would crop each picture once for all: expected data.cache=none"
+            )
+        cache = "none"
+    found = find_source(path, image_column=image_column, label_column=label_column, split=split)
+    if isinstance(found, StreamedSource):
+        raise UserError(
+            f"{found.description} is a stream, and a stream cannot be trained from directly: encode it first with "
+            "edt encode"
+        )
+    empty = next((problem.key for problem in found.problems if problem.reason == EMPTY_CLASS), None)
+    if empty is not None:
+        raise UserError(
+            f"{found.description}: class folder {empty!r} holds no pictures: a class without pictures cannot be "
+            "learned; remove the folder or add pictures"
+        )
 
     total = len(found.reader)
     rows = np.arange(total) if limit is None or limit >= total else np.arange(limit) * total // limit
@@ -224,80 +263,30 @@ def open_images(
         source=found.description,
         labels=None if found.labels is None else found.labels[rows],
         class_names=found.class_names,
-        ignored_files=found.ignored_files,
+        problems=found.problems,
         cached=cached,
+        random_crop=crop == "random",
     )
-
-
-def stratified_split(dataset: ImageDataset, held_out_fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
-    """Split a dataset at random into a training and a held-out part, class by class.
-
-    Of a class of n pictures `round(n * held_out_fraction)` are held out, but at least one and at most n - 1; a class
-    with one picture stays in the training part. An unlabelled dataset counts as one class. Both parts keep the
-    dataset's order, and depend on its length, labels, the fraction and the seed only.
-
-    Args:
-        dataset: what to split.
-        held_out_fraction: the held-out share, above 0 and below 1.
-        seed: the run's seed.
-
-    Returns:
-        The training part and the held-out part.
-
-    Raises:
-        UserError: the fraction is not between 0 and 1, or no class has two pictures.
-    """
-    if not 0 < held_out_fraction < 1:
-        raise UserError(f"held-out fraction is {held_out_fraction}: expected a number above 0 and below 1")
-    labels = np.zeros(len(dataset), dtype=np.int64) if dataset.labels is None else dataset.labels
-    held_out = np.zeros(len(dataset), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        if len(members) < 2:
-            continue
-        count = min(max(round(len(members) * held_out_fraction), 1), len(members) - 1)
-        # Pass 0 of this purpose is the order of the epochs; pass 1 keeps the split independent of it.
-        draw = rng.stream(seed, rng.Purpose.ORDER, position=int(label), pass_index=1)
-        held_out[members[draw.permutation(len(members))[:count]]] = True
-    if not held_out.any():
-        raise UserError(f"{dataset.source} has no class of two or more pictures: none can be held out; add pictures")
-    return dataset.subset(np.flatnonzero(~held_out)), dataset.subset(np.flatnonzero(held_out))
-
-
-def require_classes(dataset: ImageDataset) -> None:
-    """Make sure that a class-conditional model can be trained on `dataset`.
-
-    Raises:
-        UserError: the pictures have no labels, or all have the same one.
-    """
-    remedy = (
-        "class-conditional training needs at least two; sort the pictures into one sub-folder per class, "
-        "or use model.num_classes=null for an unconditional model"
-    )
-    present = [name for name, count in dataset.class_counts().items() if count]
-    if dataset.labels is None:
-        raise UserError(f"{dataset.source} has no classes: {remedy}")
-    if len(present) == 1:
-        raise UserError(f"{dataset.source} has one class only ({present[0]!r}): {remedy}")
 
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Row number -> uint8 array (H, W, C)."""
+    """Row number -> uint8 array (H, W, C); the centre crop where a random one has nothing to draw from."""
 
     reader: Reader
     size: tuple[int, int]
     channels: int
     crop: Crop
 
-    def unguarded(self, row: int) -> np.ndarray:
+    def unguarded(self, row: int, draw: np.random.Generator | None = None) -> np.ndarray:
+        crop = "center" if self.crop == "random" and draw is None else self.crop
         with self.reader.open(row) as stream:
-            image = fit_picture(load_picture(stream, self.channels), self.size, self.crop)
+            image = fit_picture(load_picture(stream, self.channels), self.size, crop, draw)
         return np.array(image, dtype=np.uint8).reshape(*self.size, self.channels)
 
-    def __call__(self, row: int) -> np.ndarray:
+    def __call__(self, row: int, draw: np.random.Generator | None = None) -> np.ndarray:
         try:
-            return self.unguarded(row)
+            return self.unguarded(row, draw)
         except MemoryError:
             raise
         except Exception as error:

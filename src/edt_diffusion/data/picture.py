@@ -8,17 +8,32 @@
 
 import functools
 import io
+import math
 import os
+import re
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..util.errors import UserError
 
-Crop = Literal["center", "resize"]
+Crop = Literal["center", "random", "resize"]
+
+# ADM's range: the shorter side of the crop is 80 to 100 % of the scaled picture's.
+_MIN_CROP_FRACTION = 0.8
+
+# Pillow's own default; a picture of the largest size takes 360 MB decoded.
+_MAX_PIXELS = 89_478_485
+_TOO_LARGE = f"it has more than {_MAX_PIXELS:,} pixels"
+
+# What Pillow has to say about a picture becomes the reason of a failure, or does not matter. It must not be printed in
+# between, and `warnings.catch_warnings` is not an option: it is not safe in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
 
 # Raster formats only: EPS and PostScript would start Ghostscript on an untrusted file, and HDF5, GRIB, BUFR, WMF and
 # MPEG are stubs in Pillow that identify a file without being able to decode it.
@@ -31,8 +46,9 @@ _FORMATS = {
 def load_picture(stream: BinaryIO, channels: int) -> Image.Image:
     """Decode one picture of any raster format to 8-bit RGB (`channels` 3) or grayscale (1).
 
-    The EXIF orientation is applied; transparency is composited on white; 16-bit values are divided by 257, float
-    values in [0, 1] multiplied by 255; of an animation the first frame is taken. Colour profiles are not applied.
+    The EXIF orientation is applied; transparency is composited on white; 16-bit gray is divided by 257 (of 16-bit
+    colour Pillow keeps the high byte), float values in [0, 1] are multiplied by 255; of an animation the first frame
+    is taken. Colour profiles are not applied.
 
     Args:
         stream: the encoded picture.
@@ -43,10 +59,11 @@ def load_picture(stream: BinaryIO, channels: int) -> Image.Image:
 
     Raises:
         PIL.UnidentifiedImageError: not a picture.
-        OSError, ValueError, SyntaxError: a damaged picture, or values outside the ranges above; Pillow's decoders
-            raise further types on damaged files.
+        OSError, ValueError, SyntaxError: an empty or damaged file, values outside the ranges above, or more than
+            89 million pixels; Pillow's decoders raise further types on damaged files. `decoding_error` makes one line
+            of any of them.
     """
-    with Image.open(stream, formats=_readable_formats()) as opened:
+    with _open(stream) as opened:
         image = ImageOps.exif_transpose(opened)
         image.load()
     if image.mode.startswith("I") or image.mode == "F":
@@ -59,33 +76,89 @@ def load_picture(stream: BinaryIO, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def fit_picture(image: Image.Image, size: tuple[int, int], crop: Crop) -> Image.Image:
-    """Bring an 8-bit picture to (height, width); one that has that size already is returned as it is, bit for bit.
+def fit_picture(
+    image: Image.Image, size: tuple[int, int], crop: Crop, draw: np.random.Generator | None = None
+) -> Image.Image:
+    """Bring an 8-bit picture to (height, width).
 
-    "center" is the preparation of ADM (Dhariwal and Nichol 2021, guided-diffusion), extended to rectangles: halve by
-    averaging 2x2 pixels while the picture stays at least twice as large as wanted, scale with a bicubic filter until
-    it just covers the size, cut the middle out. "resize" is one bicubic step that ignores the proportions.
+    "center" and "random" are the preparation of ADM (Dhariwal and Nichol 2021, guided-diffusion), extended to
+    rectangles: halve by averaging 2x2 pixels while the picture stays at least twice as large as the size to cover,
+    scale with a bicubic filter until it just covers that size, cut out (height, width).
+
+    - "center" covers the wanted size itself and cuts the middle out; a picture that has the size is left as it is.
+    - "random" covers a size whose shorter side is drawn from the integers s .. ceil(s / 0.8), s being the shorter
+      wanted side, and cuts at a random place. Even a picture that has the size is cropped.
+    - "resize" is one bicubic step that ignores the proportions.
 
     Args:
         image: a picture of mode "RGB" or "L".
         size: wanted (height, width) in pixels.
-        crop: "center" or "resize".
+        crop: "center", "random" or "resize".
+        draw: what "random" draws three numbers in [0, 1) from, for scale, top and left in that order; the other two
+            do without.
 
     Returns:
         A picture of exactly that size.
     """
     height, width = size
+    if crop == "random":
+        assert draw is not None, "a random crop needs a generator"
+        zoom, down, across = (float(number) for number in draw.random(3))
+        shorter = min(size)
+        drawn = _pick(zoom, shorter, math.ceil(shorter / _MIN_CROP_FRACTION))
+        cover = round(height * drawn / shorter), round(width * drawn / shorter)
+        image, scaled = _halve(image, cover)
+        top, left = _pick(down, 0, scaled[0] - height), _pick(across, 0, scaled[1] - width)
+        return _scale_and_cut(image, scaled, (top, left), size)
     if image.size == (width, height):
         return image
     if crop == "resize":
         return image.resize((width, height), Image.Resampling.BICUBIC)
+    image, scaled = _halve(image, size)
+    return _scale_and_cut(image, scaled, ((scaled[0] - height) // 2, (scaled[1] - width) // 2), size)
+
+
+def _pick(uniform: float, low: int, high: int) -> int:
+    """The integer of `low` .. `high`, both included, that a number in [0, 1) stands for."""
+    return low + int(uniform * (high - low + 1))
+
+
+def _halve(image: Image.Image, cover: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    """Halve a picture while it still covers `cover`; also return the (height, width) that it has to be scaled to."""
+    height, width = cover
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
-    covering = max(round(image.width * scale), width), max(round(image.height * scale), height)
-    image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return image, (max(round(image.height * scale), height), max(round(image.width * scale), width))
+
+
+def _scale_and_cut(
+    image: Image.Image, scaled: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> Image.Image:
+    """Scale to (height, width) `scaled` with a bicubic filter, and cut `size` out of it at (top, left) `corner`."""
+    (height, width), (top, left) = size, corner
+    if scaled[0] * scaled[1] <= _MAX_PIXELS:
+        image = image.resize((scaled[1], scaled[0]), Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + width, top + height))
+    # The same filter, but for rounding, computed where it is needed only: a strip of a few pixels by a million would
+    # fill the memory.
+    rows, columns = image.height / scaled[0], image.width / scaled[1]
+    right, bottom = min((left + width) * columns, image.width), min((top + height) * rows, image.height)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left * columns, top * rows, right, bottom))
+
+
+def _open(stream: BinaryIO) -> ImageFile.ImageFile:
+    """Read a picture's header; errors as `load_picture`."""
+    try:
+        image = Image.open(stream, formats=_readable_formats())
+    except UnidentifiedImageError:
+        if stream.seek(0, io.SEEK_END) == 0:
+            raise OSError("the file is empty") from None
+        raise
+    if image.width * image.height > _MAX_PIXELS:
+        image.close()
+        raise ValueError(_TOO_LARGE)
+    return image
 
 
 @functools.cache
@@ -112,7 +185,7 @@ def _deep_gray_to_8_bit(image: Image.Image) -> Image.Image:
 
 def verify_picture(stream: BinaryIO) -> None:
     """Find out whether a picture can be decoded, without decoding it where its format allows that."""
-    with Image.open(stream, formats=_readable_formats()) as image:
+    with _open(stream) as image:
         file_format = image.format
         image.verify()
     if file_format == "PNG":  # verify() has checked the sums of all its chunks
@@ -124,15 +197,22 @@ def verify_picture(stream: BinaryIO) -> None:
         if stream.read(2) == b"\xff\xd9":
             return
     stream.seek(0)
-    with Image.open(stream, formats=_readable_formats()) as image:
+    with _open(stream) as image:
         image.load()
 
 
 def decoding_error(error: BaseException) -> str:
-    """Why a picture could not be decoded, in one line without Pillow's internals."""
+    """Why a picture could not be decoded, in one line that says the same on every machine and in every run."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a format that Pillow reads"
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return _TOO_LARGE
+    # The text of an operating system's error names the path.
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, FileNotFoundError):
+        reason = "the file does not exist"
+    reason = re.sub(r"<[^<>]* at 0x[0-9A-Fa-f]+>", "the file", reason)  # a Python object and where it was in memory
+    return " ".join(reason.split()) or type(error).__name__
 
 
 def check_pictures(check: Callable[[int], None], count: int, name: Callable[[int], str]) -> None:

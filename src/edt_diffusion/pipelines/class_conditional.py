@@ -13,7 +13,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .. import models as _models  # noqa: F401  (diffusers opens only parts whose modules are imported)
-from ..data.codec import PixelCodec, VAECodec, to_uint8
+from ..data.codec import Codec, LatentScaling, PixelCodec, VAECodec, to_uint8
+from ..data.vae import forget_source
 from ..util.errors import UserError
 from ..util.lookup import nearest
 from ..util.pictures import to_pil
@@ -48,6 +49,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: a diffusers scheduler; see `pipelines.schedulers` for the names that calls may use instead.
         vae: `AutoencoderKL` or `AutoencoderTiny` when the model works on latents, None when it works on pixels.
         class_names: names of the classes, in label order.
+        latents_mean, latents_std: mean and deviation of the unscaled latents per channel, where the model was trained
+            on latents scaled by measured figures; they replace the scaling of the VAE's configuration.
+
+    Raises:
+        UserError: the counts of class names, means or deviations do not fit the model, or only one of mean and
+            deviation is given.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -57,14 +64,25 @@ class ClassConditionalPipeline(DiffusionPipeline):
     vae: Any
 
     def __init__(
-        self, transformer: Any, scheduler: Any, vae: Any = None, class_names: Sequence[str] | None = None
+        self,
+        transformer: Any,
+        scheduler: Any,
+        vae: Any = None,
+        class_names: Sequence[str] | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         classes = transformer.config.num_classes
         if class_names is not None and classes is not None and len(class_names) != classes:
-            raise ValueError(f"{len(class_names)} class names for a model of {classes} classes: give one per class")
-        self.register_to_config(class_names=None if class_names is None else list(class_names))
+            raise UserError(f"{len(class_names)} class names for a model of {classes} classes: give one per class")
+        _measured(latents_mean, latents_std, transformer.config.in_channels)  # refuses what does not fit
+        self.register_to_config(
+            class_names=None if class_names is None else list(class_names),
+            latents_mean=None if latents_mean is None else [float(value) for value in latents_mean],
+            latents_std=None if latents_std is None else [float(value) for value in latents_std],
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "ClassConditionalPipeline":
@@ -73,6 +91,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if (nested / "model_index.json").is_file():
             pretrained_model_name_or_path = nested
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # pyright: ignore[reportReturnType]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as a diffusers folder; the paths that parts were loaded from are not written into it."""
+        for part in (self, *self.components.values()):
+            forget_source(part)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -137,7 +161,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             scheduler: "ddpm", "ddim", "dpm++"; None uses the pipeline's own.
             guidance_channels: "all", or "authors" for the three-channel form of the released samplers.
             num_images: number of pictures of an unconditional model (default: as many as seeds, or 1).
-            batch_size: pictures computed at once; None is all.
+            batch_size: pictures computed and decoded at once; None is all.
             output_type: "pil", "uint8" (N, H, W, C), "np" (the same in [0, 1]), "pt" (N, C, H, W in [-1, 1]), or
                 "latent" (what the transformer produced).
             return_dict: False returns the tuple (images,).
@@ -178,7 +202,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 self._sample(sampler, part_labels, list(seeds)[part], guidance_scale, guidance_channels, steps)
             )
         latents = torch.cat(batches)
-        images = latents if output_type == "latent" else self._finish(latents, output_type)
+        images = latents if output_type == "latent" else self._finish(latents, output_type, batch_size or count)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
@@ -223,14 +247,40 @@ class ClassConditionalPipeline(DiffusionPipeline):
             sample = scheduler.step(output, timestep, sample, generator=generators, return_dict=False)[0]
         return sample
 
-    def _finish(self, latents: Tensor, output_type: str) -> Any:
-        codec = PixelCodec(latents.shape[1]) if self.vae is None else VAECodec(self.vae, self._execution_device)
-        images = codec.decode(latents)
+    def _codec(self, channels: int) -> Codec:
+        scaling = _measured(self.config["latents_mean"], self.config["latents_std"], channels)
+        if self.vae is not None:
+            return VAECodec(self.vae, self._execution_device, scaling)
+        if scaling is not None:
+            raise UserError(
+                "this model makes latents and the pipeline has no vae: load it, or use output_type='latent'"
+            )
+        return PixelCodec(channels)
+
+    def _finish(self, latents: Tensor, output_type: str, batch_size: int) -> Any:
+        codec = self._codec(latents.shape[1])
+        # After all sampling, and not batch by batch with it: an offloaded model would be moved back and forth.
+        decoded = (codec.decode(batch) for batch in latents.split(batch_size))
         if output_type == "pt":
-            return images.clamp(-1, 1)
-        pixels = to_uint8(images)
+            return torch.cat([images.clamp(-1, 1) for images in decoded])
+        pixels = np.concatenate([to_uint8(images) for images in decoded])
         if output_type == "uint8":
             return pixels
         if output_type == "np":
             return pixels.astype(np.float32) / 255
         return [to_pil(image) for image in pixels]
+
+
+def _measured(mean: Sequence[float] | None, deviation: Sequence[float] | None, channels: int) -> LatentScaling | None:
+    """The scaling by measured figures, None without any; see `ClassConditionalPipeline`."""
+    if mean is None and deviation is None:
+        return None
+    if mean is None or deviation is None:
+        given, missing = ("latents_std", "latents_mean") if mean is None else ("latents_mean", "latents_std")
+        raise UserError(f"{given} is given without {missing}: give both, or neither")
+    if len(mean) != channels or len(deviation) != channels:
+        raise UserError(
+            f"{len(mean)} latents_mean and {len(deviation)} latents_std for latents of {channels} channels: give one "
+            "of each per channel"
+        )
+    return LatentScaling.measured(mean, deviation)

@@ -39,9 +39,10 @@ def load_pipeline(source: str | Path) -> ClassConditionalPipeline:
         reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
         whole = "a whole folder that edt train or edt convert wrote"
         raise UserError(f"{source} cannot be loaded as an EDT pipeline ({reason}): expected {whole}") from None
-    for name, tensor in pipeline.transformer.state_dict().items():
-        if tensor.device.type == "meta":
-            raise UserError(f"{source} lacks the weights {name}: the folder is incomplete")
+    for part in (pipeline.transformer, pipeline.vae):
+        for name, tensor in part.state_dict().items() if part is not None else ():
+            if tensor.device.type == "meta":
+                raise UserError(f"{source} lacks the weights {name}: the folder is incomplete")
     return pipeline
 
 

@@ -55,6 +55,8 @@ def run_demo(folder: Path, overrides: list[str] | None = None, quiet: bool = Fal
     if config.model.get("num_classes", 0) is None:
         raise UserError("model.num_classes=null: the demo asks for digits by class; use edt train for such a model")
     digits = open_data(config)
+    if not isinstance(digits, ImageDataset):
+        raise UserError("the demo trains on pixels: leave data.codec out, and data.path a set of pictures")
     require_classes(digits)
     training, held_out = stratified_split(digits, HELD_OUT, config.seed)
     trainer = build_trainer(config, folder, training, quiet=quiet, preset="digits")

@@ -5,18 +5,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data import ImageDataset
+from ..data import ImageDataset, LatentStore
+from ..data.manifest import to_json
 from ..util.errors import UserError
 from ..util.files import atomic_write_json
 
 _FILE = "data.json"
 
 
-def picture_facts(dataset: ImageDataset, class_names: list[str] | None) -> dict[str, Any]:
-    """Number of pictures, and, for a model with classes, their names in label order and a digest of all labels."""
+def picture_facts(dataset: ImageDataset | LatentStore, class_names: list[str] | None) -> dict[str, Any]:
+    """Number of pictures; for a model with classes, their names in label order and a digest of all labels.
+
+    Of a latent store also a digest of its manifest, and so of every byte of it.
+    """
     facts: dict[str, Any] = {"pictures": len(dataset), "class_names": class_names}
     if class_names is not None and dataset.labels is not None:
         facts["labels_sha256"] = hashlib.sha256(dataset.labels.astype("<i8").tobytes()).hexdigest()
+    if isinstance(dataset, LatentStore):
+        facts["store_sha256"] = hashlib.sha256(to_json(dataset.manifest).encode()).hexdigest()
     return facts
 
 
@@ -62,4 +68,6 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         changed.append(f"{old.get('pictures')} -> {new['pictures']} pictures")
     if old and not changed and old.get("labels_sha256") != new.get("labels_sha256"):
         changed.append("other labels")
+    if old and not changed and old.get("store_sha256") != new.get("store_sha256"):
+        changed.append("another latent store")
     return changed

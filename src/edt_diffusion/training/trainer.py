@@ -156,7 +156,7 @@ class Trainer:
                 with self.accelerator.autocast():
                     part = self.objective(
                         self.model,
-                        batch["images"].to(device, non_blocking=True),
+                        batch["inputs"].to(device, non_blocking=True),
                         None if labels is None else labels.to(device, non_blocking=True),
                         seed=self.seed,
                         step=self.step,

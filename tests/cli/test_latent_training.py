@@ -1,0 +1,208 @@
+"""From pictures through a latent store to a trained model and back to pictures, by the commands that people type."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from edt_diffusion import ClassConditionalPipeline
+from edt_diffusion.data import LatentStore
+from edt_diffusion.data.shard_files import IntegrityCheck
+
+CLASSES = ("church", "tench")
+MODEL = """\
+seed: 3
+model: {patch_size: 1, depths: [1, 1, 1, 1, 1], dims: [16, 16, 16, 16, 16], num_heads: [2, 2, 2, 2, 2]}
+data: {flip: true}
+optimizer: {schedule: constant}
+train: {steps: 4, batch_size: 4, log_every: 1, save_every: 2, sample_every: 4}
+samples: {per_class: 1, num_inference_steps: 2}
+"""
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """A small autoencoder with random weights: 16x16 pictures to 4x8x8 latents."""
+    torch.manual_seed(5)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    model = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16, **blocks)
+    folder = tmp_path_factory.mktemp("vae") / "small-vae"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("colours")
+    draws = np.random.default_rng(1)
+    for name in CLASSES:
+        (root / name).mkdir()
+        for index in range(6):
+            Image.fromarray(draws.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def settings(tmp_path) -> Path:
+    path = tmp_path / "latent.yaml"
+    path.write_text(MODEL)
+    return path
+
+
+@pytest.fixture
+def store(edt, vae, colours, tmp_path) -> Path:
+    folder = tmp_path / "latents"
+    said = edt("encode", colours, "--codec", vae, "--size", 16, "--flips", "both", "--out", folder, "--quiet")
+    assert said.code == 0, said.err
+    return folder
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return ClassConditionalPipeline.from_pretrained(run).transformer.state_dict()
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as opened:
+        return opened.size
+
+
+def test_train_from_a_store_and_decode(edt, store, settings, tmp_path):
+    run = tmp_path / "run"
+    said = edt("train", settings, "--data", store, "--out", run, "--quiet")
+    assert said.code == 0, said.err
+    pipeline = ClassConditionalPipeline.from_pretrained(run)
+    assert pipeline.transformer.config.in_channels == 4
+    assert pipeline.transformer.config.sample_size == 8
+    assert pipeline.class_names == list(CLASSES)
+    assert type(pipeline.vae) is AutoencoderKL
+    assert size_of(run / "samples" / "step-00000004.png")[0] > 32
+    (picture,) = pipeline(["tench"], seeds=[0], num_inference_steps=2, scheduler="ddim").images
+    assert picture.size == (16, 16)
+    made = edt("sample", run, "--classes", "church", "-n", 2, "--steps", 2, "--out", tmp_path / "samples", "--quiet")
+    assert made.code == 0, made.err
+    assert size_of(tmp_path / "samples" / "church-0001.png") == (16, 16)
+    for saved in run.rglob("*.json"):  # the run can be moved, and tells nobody where it was made
+        if saved.parent.name in ("vae", "model", "transformer", "scheduler"):
+            assert str(tmp_path) not in saved.read_text()
+
+
+def test_training_in_two_goes_is_training_in_one(edt, store, settings, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert edt("train", settings, "--data", store, "--out", one, "--quiet").code == 0
+    assert edt("train", settings, "--data", store, "--out", two, "--quiet", "train.steps=2").code == 0
+    assert edt("train", settings, "--data", store, "--out", two, "--quiet", "data.workers=1").code == 0
+    expected = weights(one)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(two).items())
+
+
+def test_measured_scaling_is_kept_with_the_model(edt, store, settings, tmp_path):
+    run = tmp_path / "run"
+    assert edt("train", settings, "--data", store, "--out", run, "--quiet", "data.latent_scaling=measured").code == 0
+    measured = LatentStore.open(store).manifest.statistics
+    pipeline = ClassConditionalPipeline.from_pretrained(run)
+    np.testing.assert_allclose(pipeline.config.latents_mean, measured.mean, rtol=1e-6)
+    np.testing.assert_allclose(pipeline.config.latents_std, measured.std, rtol=1e-6)
+
+
+def test_pictures_are_encoded_on_first_use_and_never_again(edt, vae, colours, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDT_CACHE", str(tmp_path / "cache"))
+    pictures = tmp_path / "pictures"
+    shutil.copytree(colours, pictures)
+    command = ("train", settings, "--data", pictures, "--codec", vae, "data.size=16")
+    first = edt(*command, "--out", tmp_path / "a")
+    assert first.code == 0, first.err
+    assert any("encoding folder" in line and "small-vae" in line for line in first.err)
+    (made,) = (tmp_path / "cache" / "latents").iterdir()
+    assert LatentStore.open(made).manifest.views == ["plain", "flipped"]  # because the run flips
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    second = edt(*command, "--out", tmp_path / "b")
+    assert second.code == 0
+    assert not any("encoding" in line for line in second.err)
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+    expected = weights(tmp_path / "a")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "b").items())
+    # Another picture, another store.
+    Image.new("RGB", (30, 30), "red").save(pictures / "tench" / "new.png")
+    assert edt(*command, "--out", tmp_path / "c", "--quiet").code == 0
+    assert len(list((tmp_path / "cache" / "latents").iterdir())) == 2
+
+
+def damage(store: Path) -> str:
+    shard = store / "shard-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return shard.name
+
+
+def test_a_flipped_byte_is_found_before_the_first_step(edt, store, settings, tmp_path):
+    name = damage(store)
+    said = edt("train", settings, "--data", store, "--out", tmp_path / "run", "--quiet")
+    assert said.code == 2
+    (line,) = said.err
+    assert name in line
+    assert "damaged" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_byte_found_in_the_background_stops_the_run(edt, store, settings, tmp_path, monkeypatch):
+    name = damage(store)
+    # Slow steps and a quick check, without waiting for either: the check ends before the first batch is handed out.
+    start = IntegrityCheck.start
+    monkeypatch.setattr(IntegrityCheck, "start", lambda self: (start(self), self._thread.join())[0])
+    command = ("train", settings, "--data", store, "--out", tmp_path / "run", "--quiet")
+    said = edt(*command, "data.verify=background")
+    assert said.code == 2
+    assert name in said.err[0]
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert edt(*command, "data.verify=off").code == 0  # whoever insists
+
+
+def test_mistakes(edt, vae, store, settings, colours, tmp_path):
+    def line(*arguments) -> str:
+        said = edt("train", settings, "--out", tmp_path / "run", "--quiet", *arguments)
+        assert said.code == 2, said
+        (only,) = said.err
+        return only
+
+    assert "holds pictures of 16x16" in line("--data", store, "data.size=32")
+    assert "data.size is not set" in line("--data", colours)
+    assert "encoded with center" in line("--data", store, "data.crop=resize")
+    assert "model.in_channels=3 does not fit the latents" in line("--data", store, "model.in_channels=3")
+    assert "data.shuffle=shards is for latent stores" in line("--data", colours, "data.size=16", "data.shuffle=shards")
+    other = tmp_path / "other"
+    torch.manual_seed(6)
+    AutoencoderKL.from_pretrained(vae).apply(
+        lambda part: torch.nn.init.normal_(part.weight) if isinstance(part, torch.nn.Conv2d) else None
+    ).save_pretrained(other)
+    assert "is not the one that made" in line("--data", store, "--codec", other)
+    shutil.rmtree(store / "codec")
+    assert "holds no copy of its autoencoder (it was made by small-vae)" in line("--data", store)
+    manifest = json.loads((store / "manifest.json").read_text())
+    assert manifest["codec"]["id"] == "small-vae"
+    plain = tmp_path / "plain"
+    assert edt("encode", colours, "--codec", vae, "--size", 16, "--out", plain, "--quiet").code == 0
+    assert "--flips both" in line("--data", plain)
+
+
+def test_a_store_of_pixels_trains_as_the_pictures_do(edt, colours, settings, tmp_path):
+    store = tmp_path / "pixels"
+    assert edt("encode", colours, "--codec", "none", "--size", 16, "--out", store, "--quiet").code == 0
+    assert edt("train", settings, "--data", store, "--out", tmp_path / "a", "--quiet").code == 0
+    assert edt("train", settings, "--data", colours, "--out", tmp_path / "b", "--quiet", "data.size=16").code == 0
+    expected = weights(tmp_path / "b")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "a").items())
+
+
+def test_class_balance_and_shard_shuffle(edt, store, settings, tmp_path):
+    for name, choice in (("a", "data.balance=true"), ("b", "data.shuffle=shards")):
+        assert edt("train", settings, "--data", store, "--out", tmp_path / name, "--quiet", choice).code == 0
+    both = ("data.balance=true", "data.shuffle=shards")
+    said = edt("train", settings, "--data", store, "--out", tmp_path / "c", "--quiet", *both)
+    assert said.code == 2
+    assert "cannot be had together" in said.err[0]
