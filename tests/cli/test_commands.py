@@ -20,7 +20,7 @@ from edt_diffusion import ClassConditionalPipeline, EDTTransformer2DModel
 from edt_diffusion.convert import to_official
 from edt_diffusion.training.log import read_log
 
-COMMANDS = ("demo", "encode", "train", "sample", "info", "convert")
+COMMANDS = ("demo", "data", "encode", "train", "sample", "info", "convert")
 
 # The paper's sizes: parameters with and without position tables, and multiply-adds in units of 10^9.
 PUBLISHED = {

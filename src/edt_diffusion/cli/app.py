@@ -5,6 +5,7 @@ import inspect
 import typer
 
 from .convert import convert
+from .data import data
 from .demo import demo
 from .encode import encode
 from .info import info
@@ -15,6 +16,7 @@ INTRODUCTION = """\
 edt: train, run and judge an image generator (EDT, the Efficient Diffusion Transformer) on your own labelled pictures.
 
   edt demo                                   train on real digits and look at the result, in minutes
+  edt data inspect pictures/                 classes, sizes, duplicates, problems, contact sheets; also verify, convert
   edt encode pictures/ --codec VAE --out lat/  pictures to a latent store, for training at 256 or 512 pixels
   edt train small-32 --data pictures/        train on pictures, one sub-folder per class; run it again to resume
   edt sample runs/small-32 --classes a,b     pictures of the classes you name
@@ -49,3 +51,4 @@ for _command in (demo, encode, train, sample, info, convert):
     # The last paragraph of a docstring is the example with which the help ends; \b keeps it on its lines.
     _text, _, _example = inspect.getdoc(_command).rpartition("\n\n")  # pyright: ignore[reportOptionalMemberAccess]
     app.command(help=_text, epilog=f"\b\n{_example}")(_command)
+app.add_typer(data)

@@ -41,7 +41,7 @@ class CountProgress:
         """Tell that `done` of `total` (None: unknown) are done; `note` is added to the line."""
         now = time.monotonic()
         if self._first is None:  # what was there before says nothing about the speed
-            self._first = done
+            self._first, self._start, self._last = done, now, now
         rate = self.rate = (done - self._first) / max(now - self._start, 1e-9)
         if self._quiet:
             return
