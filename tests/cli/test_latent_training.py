@@ -126,10 +126,19 @@ def test_pictures_are_encoded_on_first_use_and_never_again(edt, vae, colours, se
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
     expected = weights(tmp_path / "a")
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "b").items())
+    # The same weights with another scaling factor, another store.
+    rescaled = tmp_path / "rescaled"
+    shutil.copytree(vae, rescaled)
+    facts = json.loads((rescaled / "config.json").read_text())
+    (rescaled / "config.json").write_text(json.dumps({**facts, "scaling_factor": 0.5}))
+    again = ("train", settings, "--data", pictures, "--codec", rescaled, "data.size=16", "--quiet")
+    assert edt(*again, "--out", tmp_path / "d").code == 0
+    stores = [LatentStore.open(store) for store in (tmp_path / "cache" / "latents").iterdir()]
+    assert sorted(store.scaling.scale[0] for store in stores) == [0.18215, 0.5]
     # Another picture, another store.
     Image.new("RGB", (30, 30), "red").save(pictures / "tench" / "new.png")
     assert edt(*command, "--out", tmp_path / "c", "--quiet").code == 0
-    assert len(list((tmp_path / "cache" / "latents").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "latents").iterdir())) == 3
 
 
 def damage(store: Path) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import hashlib
 import io
@@ -16,12 +17,13 @@ import torch
 from PIL import Image
 from stores import contents, facts_of, make_pictures, make_store, small_kl, small_tiny
 
-from edt_diffusion.data import encode as encoding
-from edt_diffusion.data.codec import from_uint8
+from edt_diffusion.data import encode_folder as encoding
+from edt_diffusion.data.codec import PixelCodec, from_uint8
+from edt_diffusion.data.encode import EncodeSettings, encode
 from edt_diffusion.data.latents import LatentStore
 from edt_diffusion.data.picture import fit_picture, load_picture
 from edt_diffusion.data.prepare import nearest_size
-from edt_diffusion.data.sources import Row, StreamedSource, find_source
+from edt_diffusion.data.sources import Row, Source, StreamedSource, find_source
 from edt_diffusion.util import files, rng
 from edt_diffusion.util.errors import UserError
 from edt_diffusion.util.lock import Lock
@@ -581,6 +583,12 @@ def test_one_process_finishes_what_two_began(tree: Path, tmp_path: Path) -> None
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def make_by_two(tree: Path, out: Path) -> None:
+    """As the other processes of a job of two do it."""
+    for rank in (0, 1):
+        make_store(tree, out, rank=rank, world_size=2)
+
+
 @pytest.mark.parametrize(
     ("point", "before"), [("iterdir", True), ("iterdir", False), ("read_bytes", True), ("read_bytes", False)]
 )
@@ -598,13 +606,13 @@ def test_a_process_that_begins_while_another_does(
             return original(path)
         monkeypatch.setattr(Path, point, original)
         if before:
-            make_store(tree, out)
+            make_by_two(tree, out)
             return original(path)
         try:
             found = original(path)
             return iter(list(found)) if point == "iterdir" else found
         finally:
-            make_store(tree, out)
+            make_by_two(tree, out)
 
     monkeypatch.setattr(Path, point, meanwhile)
     late = make_store(tree, out, rank=1, world_size=2)
@@ -705,3 +713,49 @@ def test_shards_of_about_64_mib(tree: Path, tmp_path: Path) -> None:
         with pytest.raises(Stopped):
             make_store(tree, out, vae, shard_pictures=None, progress=stop_after(0), **settings)
         assert json.loads((out / "encode.json").read_text())["shard_pictures"] == pictures
+
+
+class Flaky:
+    """A reader whose second picture cannot be read while the network is down."""
+
+    def __init__(self, reader: Any, error: Exception) -> None:
+        self.reader, self.error, self.down = reader, error, True
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
+    def open(self, row: int) -> Any:
+        if self.down and row == 1:
+            raise self.error
+        return self.reader.open(row)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), TimeoutError("late"), OSError(24, "files")])
+def test_trouble_that_passes_does_not_cost_a_picture(tree: Path, tmp_path: Path, error: Exception) -> None:
+    make_store(tree, tmp_path / "whole")
+    found = find_source(tree)
+    assert isinstance(found, Source)
+    reader = Flaky(found.reader, error)
+    flaky = dataclasses.replace(found, reader=reader)
+    settings = EncodeSettings([(16, 16)], batch_size=2, shard_pictures=4)
+    with pytest.raises(UserError, match=r"cannot be read now \(.*run the same command again"):
+        encode(flaky, PixelCodec(3), None, tmp_path / "store", settings)
+    assert not list((tmp_path / "store").glob("part-*"))
+    reader.down = False
+    assert encode(flaky, PixelCodec(3), None, tmp_path / "store", settings).skipped == 0
+    reader.down, reader.error = True, PermissionError(13, "Permission denied")
+    assert encode(flaky, PixelCodec(3), None, tmp_path / "other", settings).skipped == 1
+
+
+def test_one_process_alone_is_kept_out_of_a_folder_that_several_share(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    out.mkdir()
+    with Lock(out, "", shared=True), Lock(out, "", shared=True):
+        with pytest.raises(UserError, match="another process is encoding"):
+            make_store(tree, out)
+        make_store(tree, out, rank=0, world_size=2)
+    with Lock(out, ""), pytest.raises(UserError, match="another process is encoding"):
+        make_store(tree, out, rank=1, world_size=2)

@@ -206,7 +206,7 @@ for _command, _short in (
 
 def _is_store(path: str) -> bool:
     """Whether a path is a latent store, an unfinished one included: opening that will say so."""
-    from ..data.encode import PLAN
+    from ..data.encode_folder import PLAN
     from ..data.shard_files import is_store
 
     return is_store(path) or (Path(path).expanduser() / PLAN).is_file()

@@ -14,7 +14,7 @@ import torch
 from ..util.errors import UserError
 from ..util.files import make_folder
 from ..util.progress import CountProgress
-from .codec import PixelCodec, VAECodec
+from .codec import LatentScaling, PixelCodec, VAECodec
 from .config import DataConfig
 from .encode import Encoded, EncodeSettings, encode
 from .images import ImageDataset, open_images
@@ -188,11 +188,12 @@ def _encoded(data: DataConfig, seed: int, quiet: bool) -> LatentStore:
     settings = EncodeSettings(
         [size], data.channels, data.crop, seed, flips, batch_size=data.codec_batch, rank=rank, world_size=world_size
     )
-    vae_digest = vae_sha256(load_vae(data.codec))
+    vae = load_vae(data.codec)
+    scaling = LatentScaling.of_config(vae.config)
     key = {
         "pictures": _fingerprint(data.path),
         "columns": [data.image_column, data.label_column, data.split],
-        "codec": vae_digest,
+        "codec": [vae_sha256(vae), scaling.shift, scaling.scale],
         "size": size,
         "channels": data.channels,
         "crop": [data.crop, seed if data.crop == "random" else 0],

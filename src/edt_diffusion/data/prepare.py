@@ -1,5 +1,6 @@
 """Pictures on their way to the encoder: read, digested, decoded and brought to size in threads, in source order."""
 
+import errno
 import hashlib
 import io
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..util import rng
+from ..util.errors import UserError
 from .picture import Crop, decoding_error, fit_picture, load_picture
 from .sources import Reader, Row
 
@@ -109,6 +111,11 @@ class _Lazy:
         except MemoryError:
             raise
         except Exception as error:  # stores of objects have errors of their own
+            if _passes(error):
+                raise UserError(
+                    f"{self.reader.name(self.row)!r} cannot be read now ({decoding_error(error)}): run the same "
+                    "command again when that has passed"
+                ) from error
             return Row(key, None, self.label, decoding_error(error))
 
 
@@ -127,3 +134,17 @@ def prepared(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+# What a network or a machine in trouble gives, where a picture that is absent or damaged gives something else.
+_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH}
+_NETWORK_PACKAGES = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "httpcore", "requests", "urllib3"}
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a failure to read may pass, so that the picture must not be counted as unreadable."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _TROUBLE:
+        return True
+    return type(error).__module__.split(".")[0] in _NETWORK_PACKAGES

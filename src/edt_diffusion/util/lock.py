@@ -14,7 +14,7 @@ except ImportError:  # Windows
 
 
 class Lock:
-    """Exclusive advisory lock on a file or folder, held from `acquire` to `release` or to the end of the process.
+    """Advisory lock on a file or folder, held from `acquire` to `release` or to the end of the process.
 
     A file system without locks, or a system without `fcntl`, does without.
 
@@ -22,11 +22,13 @@ class Lock:
         path: a folder that exists when the lock is acquired, or a file that is made if absent.
         refusal: what to tell a user when somebody else holds it.
         active: False for the processes of a job that only help the one that writes.
+        shared: keep out those only who want it for themselves.
     """
 
-    def __init__(self, path: Path, refusal: str, active: bool = True) -> None:
+    def __init__(self, path: Path, refusal: str, active: bool = True, shared: bool = False) -> None:
         self.path = path
         self.refusal = refusal
+        self.shared = shared
         self.active = active and fcntl is not None
         self._descriptor: int | None = None
 
@@ -44,7 +46,7 @@ class Lock:
         except OSError as error:
             raise UserError(f"{self.path} cannot be opened ({error.strerror}): choose another --out") from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(self.refusal) from None
