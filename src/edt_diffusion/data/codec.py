@@ -123,7 +123,11 @@ class LatentScaling:
 
     def apply(self, latents: torch.Tensor) -> torch.Tensor:
         """Bring float32 latents of shape (N, C, h, w), on any device, to the scale of training."""
-        return (latents - self._column(self.shift, latents)) * self._column(self.scale, latents)
+        return self.apply_(latents.clone())
+
+    def apply_(self, latents: torch.Tensor) -> torch.Tensor:
+        """As `apply`, in place."""
+        return latents.sub_(self._column(self.shift, latents)).mul_(self._column(self.scale, latents))
 
     def invert(self, latents: torch.Tensor) -> torch.Tensor:
         """Undo `apply`."""

@@ -237,7 +237,7 @@ class LatentStore:
             for slot, (epoch, index) in enumerate(keys):
                 rng.stream(seed, rng.Purpose.LATENT, epoch, index).standard_normal(dtype=np.float32, out=noise[slot])
             latents = draw_latents(latents, torch.from_numpy(noise))
-        return self.scaling.apply(latents)
+        return self.scaling.apply_(latents)
 
     def mean_latents(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """The plain rows without drawing: posterior means, latents or pixels, unscaled float32 (B, C, h, w)."""
