@@ -1,6 +1,7 @@
 """Configuration becomes objects, here and nowhere else. Read it from top to bottom to see how data flow."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,6 +47,8 @@ def complete(config: RunConfig, dataset: ImageDataset | LatentStore) -> RunConfi
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
     }
+    if dataset.class_names is None:  # unlabelled pictures make an unconditional model
+        model.setdefault("num_classes", None)
     if model.get("num_classes", 0) is not None:
         require_classes(dataset)
         told["num_classes"] = len(dataset.class_names or [])
@@ -174,11 +177,14 @@ def build_trainer(
     if dataset is None:
         dataset = open_data(config, quiet)
     begun = begun_config(folder)
-    class_names = dataset.class_names if config.model.get("num_classes", 0) is not None else None
+    conditional = dataset.class_names is not None and config.model.get("num_classes", 0) is not None
+    class_names = dataset.class_names if conditional else None
     facts = picture_facts(dataset, class_names)
     if begun is not None and not allow_changes:
         refuse_other_pictures(folder, facts)
     config = complete(config, dataset)
+    if not quiet and begun is None:
+        _tell_about_classes(dataset, config)
     model = build_model(config)
     config = settled(config, begun)
     vae = open_codec(config, dataset)
@@ -197,7 +203,7 @@ def build_trainer(
     if vae is not None:
         vae.to(accelerator.device)
     check = _integrity_check(config, dataset, accelerator)
-    order = make_order(config.data, dataset, config.seed)
+    order = make_order(config.data, dataset, config.seed, config.train.batch_size)
 
     def make_loader(start_step: int) -> Iterator[dict[str, Any]]:
         return training_loader(
@@ -251,6 +257,17 @@ def build_trainer(
         trainer.lock.release()
         raise
     return trainer
+
+
+def _tell_about_classes(dataset: ImageDataset | LatentStore, config: RunConfig) -> None:
+    if config.model["num_classes"] is None:
+        print("training an unconditional model" + ("" if dataset.class_names else ": the pictures have no classes"),
+              file=sys.stderr)  # fmt: skip
+        return
+    empty = [name for name, count in dataset.class_counts().items() if not count]
+    if empty:
+        listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        print(f"{len(empty)} classes have no pictures and will not be learned: {listed}", file=sys.stderr)
 
 
 def _integrity_check(

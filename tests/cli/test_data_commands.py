@@ -5,14 +5,17 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from edt_diffusion.data.codec import PixelCodec, VAECodec
 from edt_diffusion.data.encode import EncodeSettings, encode
+from edt_diffusion.data.latents import LatentStore
 from edt_diffusion.data.manifest import CodecFacts
 from edt_diffusion.data.sources import find_source
-from edt_diffusion.data.vae import vae_sha256
+from edt_diffusion.data.vae import load_vae, vae_sha256
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +118,39 @@ def test_verify_names_a_shard_in_which_a_byte_was_flipped(edt, store):
 def test_verify_names_pictures_that_changed(edt, store, odd):
     said = edt("data", "verify", store, "--pictures", odd, "--device", "cpu", "--quiet")
     assert said.code == 1
-    assert said.out == ["tench/1.png: has changed in odd since it was encoded", "1 problem in lat"]
+    assert said.out == [
+        "tench/1.png: has changed in odd since it was encoded",
+        "tench/9.png: is in odd, but not in the store",
+        "2 problems in lat",
+    ]
+
+
+def test_verify_lists_pictures_that_are_not_in_the_store(edt, store, pictures, work):
+    shutil.copytree(pictures, "more")
+    shutil.copy("more/church/0.png", "more/church/00.png")
+    shutil.copy("more/tench/0.png", "more/tench/z.png")
+    said = edt("data", "verify", store, "--pictures", "more", "--device", "cpu", "--quiet")
+    assert said.code == 1
+    assert said.out == [
+        "church/00.png: is in more, but not in the store",
+        "tench/z.png: is in more, but not in the store",
+        "2 problems in lat",
+    ]
+    # With a limit only rows of the store are looked at.
+    assert edt("data", "verify", store, "--pictures", "more", "--limit", "8", "--device", "cpu", "--quiet").code == 0
+
+
+def test_the_verdict_stays_on_one_line(edt, store, pictures):
+    Path("odd").mkdir()
+    shutil.copy(pictures / "church" / "0.png", "odd/a\nb.png")
+    facts = LatentStore.open(str(store)).manifest.codec
+    settings = EncodeSettings(sizes=[(8, 8)], channels=1, workers=1)
+    encode(find_source("odd"), VAECodec(load_vae(store)), facts, Path("one"), settings)
+    said = edt("data", "verify", "one", "--pictures", "odd", "--device", "cpu", "--quiet")
+    assert said.code == 0
+    (line,) = said.out
+    assert line.startswith("one is whole; 1 picture compared, PSNR ")
+    assert line.endswith(r": a\nb.png)")
 
 
 def test_verify_pictures(edt, odd, pictures):
@@ -156,7 +191,7 @@ MISTAKES = {
     "no scaling": (["convert", ".", "x", "--to", "store"], "either --codec"),
     "out exists": (["convert", "lat", "lat", "--to", "parquet"], "exists already"),
     "report in the store": (["inspect", "lat", "--out", "lat/report"], "name a folder elsewhere"),
-    "bad size": (["inspect", "lat", "--size", "big"], "--size 'big'"),
+    "bad size": (["inspect", "digits", "--size", "big"], "--size 'big'"),
     "pictures of no store": (["verify", "digits", "--pictures", "x"], "is no latent store"),
     "no pictures": (["inspect", "./nothing"], "does not exist"),
     "bad device": (["inspect", "lat", "--out", "x", "--device", "abacus"], "--device abacus"),
@@ -170,6 +205,56 @@ def test_a_mistake_is_one_line(edt, store, what):
     assert (said.code, said.out, len(said.err)) == (2, [], 1)
     assert message in said.err[0]
     assert {path.name for path in Path().iterdir()} <= {"lat"}
+
+
+READING = (["--split", "train"], ["--label-column", "label"], ["--image-column", "image"], ["--streaming"])
+OF_STORES = (["--codec", "lat"], ["--device", "cpu"])
+
+
+@pytest.mark.parametrize("option", [*READING, ["--size", "256"], ["--workers", "1"]], ids=lambda option: option[0])
+def test_inspect_refuses_options_of_pictures_for_a_store(edt, store, option):
+    said = edt("data", "inspect", store, *option, "--quiet")
+    assert (said.code, said.out) == (2, [])
+    assert said.err == [f"error: {option[0]} is for pictures, and lat is a latent store: leave it out"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("inspect", option) for option in (*OF_STORES, ["--sample", "4096"])]
+    + [("verify", option) for option in (*OF_STORES, ["--limit", "2"], ["--batch-size", "16"])],
+    ids=lambda part: part if isinstance(part, str) else part[0],
+)
+def test_options_of_stores_are_refused_for_pictures(edt, work, command, option):
+    said = edt("data", command, "digits", *option, "--quiet")
+    assert (said.code, said.out) == (2, [])
+    assert said.err == [f"error: {option[0]} is for latent stores, and digits is none: leave it out"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [*READING, *OF_STORES, ["--limit", "2"], ["--batch-size", "16"], ["--workers", "1"]],
+    ids=lambda option: option[0],
+)
+def test_verify_refuses_options_of_the_comparison_without_pictures(edt, store, option):
+    said = edt("data", "verify", store, *option, "--quiet")
+    assert (said.code, said.out) == (2, [])
+    assert said.err == [f"error: {option[0]} is for comparing a store: name its --pictures, or leave it out"]
+
+
+def test_columns_of_tables_can_be_named(edt, work, pictures):
+    content = [(pictures / "church" / f"{number}.png").read_bytes() for number in range(2)]
+    pyarrow.parquet.write_table(pyarrow.table({"shot": content, "kind": ["b", "a"]}), "t.parquet")
+    settings = EncodeSettings(sizes=[(8, 8)], channels=1, workers=1)
+    found = find_source("t.parquet", image_column="shot", label_column="kind")
+    encode(found, PixelCodec(1), None, work / "pixels", settings)
+    columns = ["--image-column", "shot", "--label-column", "kind", "--workers", "1"]
+    said = edt("data", "verify", "pixels", "--pictures", "t.parquet", *columns, "--batch-size", "1", "--quiet")
+    assert (said.code, said.out) == (0, ["pixels is whole; 2 pictures compared, 2 come back bit for bit"])
+    said = edt("data", "inspect", "t.parquet", *columns, "--size", "8", "--json")
+    assert json.loads(said.out[-1])["balance"]["largest"] == ["a", 1]
+    said = edt("data", "verify", "t.parquet", "--quiet")
+    assert said.code == 2
+    assert "has no column 'image': it has shot, kind" in said.err[0]
 
 
 def test_an_unfinished_store_is_called_so(edt, store):

@@ -73,9 +73,11 @@ def child(task):
     main(["encode", *task["arguments"]])
 
 with tempfile.TemporaryDirectory() as folder:  # whatever is imported late, is imported now
-    Image.new("RGB", (8, 8)).save(folder + "/0.png")
+    os.mkdir(folder + "/pictures")
+    Image.new("RGB", (8, 8)).save(folder + "/pictures/0.png")
     try:
-        main(["encode", folder, "--codec", "none", "--size", "8", "--out", folder + "/store", "--quiet", "--json"])
+        store = ["--out", folder + "/store", "--quiet", "--json"]
+        main(["encode", folder + "/pictures", "--codec", "none", "--size", "8", *store])
     except SystemExit:
         print("ready", flush=True)
 for line in sys.stdin:
@@ -371,6 +373,7 @@ def test_what_it_says(edt: Any, tree: Path, tmp_path: Path) -> None:
         "encoded_now": 0,
         "images_per_second": 0.0,
         "finished": True,
+        "empty_classes": [],
     }
     assert again.err == []
     assert len(LatentStore.open(out)) == 18
@@ -390,7 +393,9 @@ def test_mistakes_are_one_line(edt: Any, tree: Path, vae: Path, tmp_path: Path) 
         (pixels(tree, out, "--shard-pictures", 5), "with 2 pictures a shard, not 5"),
         (pixels(tree / "ant", out), "another class_names"),
         (latents(tree, vae, out), "another kind"),
-        (pixels(tree, tree), "holds other files"),
+        (pixels(tree, tree), "lies in"),
+        (pixels(tree, tree / "new"), "among the pictures"),
+        (pixels(tree, tree.parent), "holds other files"),
         (pixels(tmp_path / "absent", out), "does not exist"),
         (pixels(tree, tmp_path / "strict", "--strict"), "'ant/3.png' cannot be decoded: not a picture"),
         (latents(tree, vae, tmp_path / "odd", "--size", 15), "multiples of 2, such as 16x16"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from edt_diffusion import ClassConditionalPipeline
-from edt_diffusion.data import LatentStore
+from edt_diffusion.data import DataConfig, LatentStore, encode, open_dataset, training_loader
+from edt_diffusion.data import first_use as first_use_of_data
+from edt_diffusion.data.dataset import make_order
 from edt_diffusion.data.shard_files import IntegrityCheck
+from edt_diffusion.util.errors import UserError
+from edt_diffusion.util.lock import Busy, Lock
 
 CLASSES = ("church", "tench")
 MODEL = """\
@@ -215,3 +220,165 @@ def test_class_balance_and_shard_shuffle(edt, store, settings, tmp_path):
     said = edt("train", settings, "--data", store, "--out", tmp_path / "c", "--quiet", *both)
     assert said.code == 2
     assert "cannot be had together" in said.err[0]
+
+
+@pytest.fixture
+def first_use(edt, vae, settings, tmp_path, monkeypatch):
+    """`edt train --codec` of some pictures; returns the number of stores in the cache afterwards."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("EDT_CACHE", str(cache))
+    runs = iter(range(100))
+
+    def start(data: object, *arguments: object) -> int:
+        run = tmp_path / f"run-{next(runs)}"
+        said = edt(
+            "train", settings, "--data", data, "--codec", vae, "--out", run, "--quiet", "data.size=16", *arguments
+        )
+        assert said.code == 0, said.err
+        return len(list((cache / "latents").iterdir()))
+
+    return start
+
+
+def test_what_makes_another_store_on_first_use(first_use, colours, tmp_path):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(colours, pictures)
+    assert first_use(pictures) == 1
+    assert first_use(pictures, "seed=4") == 1  # a centre crop draws nothing
+    assert first_use(pictures, "data.latent_scaling=measured") == 1
+    assert first_use(pictures, "data.flip=false") == 2
+    (pictures / "church" / "0.png").rename(pictures / "tench" / "new.png")  # another class
+    assert first_use(pictures) == 3
+    (pictures / "tench").rename(pictures / "zebra")  # another name of a class
+    assert first_use(pictures) == 4
+    assert first_use(pictures, "data.crop=random", "seed=1") == 5
+    assert first_use(pictures, "data.crop=random", "seed=2") == 6
+    assert first_use(pictures, "data.limit=4") == 7
+    stores = [LatentStore.open(store) for store in (tmp_path / "cache" / "latents").iterdir()]
+    assert min(map(len, stores)) == 4  # and no more were encoded
+
+
+def test_pictures_behind_links_and_patterns_are_told_apart(first_use, colours, tmp_path, monkeypatch):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    shutil.copytree(colours, tmp_path / "elsewhere")
+    for name in CLASSES:
+        (linked / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert first_use(linked) == 1
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "elsewhere" / "tench" / "0.png")
+    assert first_use(linked) == 2
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / name / "x").mkdir(parents=True)
+        for label in CLASSES:
+            folder = tmp_path / name / "x" / label
+            folder.mkdir()
+            for index in range(3):
+                Image.new("RGB", (20, 20), colour).save(folder / f"{index}.bmp")
+        with tarfile.open(tmp_path / name / "shard-0.tar", "w") as tar:
+            tar.add(tmp_path / name / "x", ".")
+    for number, name in enumerate(("a", "b"), 3):
+        monkeypatch.chdir(tmp_path / name)
+        assert first_use("shard-*.tar") == number
+    assert first_use(f"file://{linked}") == number + 0  # the pictures encoded above, by another spelling
+
+
+def test_a_second_run_waits_for_the_encoding_of_the_first(first_use, colours, tmp_path, monkeypatch):
+    class Slow(Lock):
+        held = False
+
+        def acquire(self) -> None:
+            if self.path.parent.name == "latents" and not Slow.held:
+                Slow.held = True
+                raise Busy(self.refusal)
+            super().acquire()
+
+    monkeypatch.setattr(encode, "Lock", Slow)
+    monkeypatch.setattr(first_use_of_data, "_WAIT_SECONDS", 0.01)
+    assert first_use(colours) == 1
+    assert Slow.held
+
+
+def test_waiting_for_processes_that_do_not_come_ends(edt, vae, colours, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(first_use_of_data, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(first_use_of_data, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(encode, "_usual_part", lambda *_: 4)
+    data = DataConfig(path=str(colours), codec=str(vae), size=16)
+    with pytest.raises(UserError, match="set EDT_CACHE to one that all machines of the job share"):
+        open_dataset(data)
+
+
+def test_settings_without_effect_are_refused(edt, vae, store, settings, colours, tmp_path):
+    pixels = tmp_path / "pixels"
+    assert edt("encode", colours, "--codec", "none", "--size", 16, "--out", pixels, "--quiet").code == 0
+    for data, setting, word in (
+        (store, "data.split=test", "a latent store"),
+        (store, "data.streaming=true", "a latent store"),
+        (store, "data.cache=memory", "a latent store"),
+        (store, "data.label_column=nosuch", "a latent store"),
+        (store, "data.image_column=zz", "a latent store"),
+        (colours, "data.latent_scaling=measured", "pixels"),
+        (colours, "data.verify=start", "pixels"),
+        (colours, "data.streaming=true", "pixels"),
+        (pixels, f"data.codec={vae}", "holds pixels"),
+    ):
+        said = edt("train", settings, "--data", data, "--out", tmp_path / "run", "--quiet", "data.size=16", setting)
+        assert said.code == 2, (setting, said)
+        assert word in said.err[0]
+        assert "leave it out" in said.err[0]
+    said = edt("encode", colours, "--codec", "none", "--dtype", "float32", "--out", tmp_path / "x")
+    assert "--dtype float32 is for latents" in said.err[0]
+
+
+def test_a_store_behind_a_url_brings_its_autoencoder(edt, store, settings, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("EDT_CACHE", str(tmp_path / "cache"))
+    fsspec.filesystem("memory").put(str(store), "/bucket/latents", recursive=True)
+    for number, url in enumerate(("memory://bucket/latents", f"file://{store}")):
+        run = tmp_path / f"run-{number}"
+        said = edt("train", settings, "--data", url, "--out", run, "--quiet", "data.shuffle=global")
+        assert said.code == 0, said.err
+    here, there = weights(tmp_path / "run-0"), weights(tmp_path / "run-1")
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+
+
+def test_unlabelled_pictures_give_an_unconditional_model(edt, vae, colours, settings, tmp_path):
+    store, run = tmp_path / "flat", tmp_path / "run"
+    assert edt("encode", colours / "tench", "--codec", vae, "--size", 16, "--out", store, "--quiet").code == 0
+    said = edt("train", settings, "--data", store, "--out", run, "data.flip=false")
+    assert said.code == 0, said.err
+    assert said.err[0] == "training an unconditional model: the pictures have no classes"
+    assert ClassConditionalPipeline.from_pretrained(run).transformer.config.num_classes is None
+    again = edt("train", settings, "--data", store, "--out", run, "data.flip=false", "train.steps=5")
+    assert again.code == 0, again.err
+    assert edt("sample", run, "-n", 2, "--steps", 2, "--out", tmp_path / "s", "--quiet").code == 0
+
+
+def test_rectangles_and_several_sizes(edt, vae, colours, settings, tmp_path):
+    wide = tmp_path / "pictures"
+    shutil.copytree(colours, wide)
+    for name in CLASSES:
+        for index in range(4):
+            Image.new("RGB", (20, 40), "green").save(wide / name / f"tall-{index}.png")
+    store, run = tmp_path / "store", tmp_path / "run"
+    assert edt("encode", wide, "--codec", vae, "--size", "16,32x16", "--out", store, "--quiet").code == 0
+    command = ("train", settings, "--data", store, "--out", run, "--quiet", "data.flip=false")
+    refused = edt(*command)
+    assert refused.code == 2
+    assert "several sizes (16x16, 32x16)" in refused.err[0]
+    said = edt(*command, "data.size=[32,16]")
+    assert said.code == 0, said.err
+    pipeline = ClassConditionalPipeline.from_pretrained(run)
+    assert pipeline.transformer.config.sample_size == [16, 8]
+    (picture,) = pipeline(["tench"], seeds=[0], num_inference_steps=2, scheduler="ddim").images
+    assert picture.size == (16, 32)
+    # All sizes, for networks that take them: batches of one size each, and every row once in a round.
+    mixed = LatentStore.open(store)
+    order = make_order(DataConfig(), mixed, seed=0, global_batch=4)
+    loader = training_loader(mixed, seed=0, global_batch=4, order=order)
+    shapes = [tuple(next(loader)["inputs"].shape[1:]) for _ in range(5)]  # 12 and 8 rows
+    assert shapes.count((4, 8, 8)) == 3
+    assert shapes.count((4, 16, 8)) == 2

@@ -99,7 +99,10 @@ def test_one_class_only(train, work, pictures):
 
 def test_pictures_without_classes(train, work, pictures):
     shutil.copytree(pictures / "tench", "flat")
-    assert_mistake(train(data="flat"), "flat", "has no classes", "model.num_classes=null")
+    said = train(data="flat")  # they make an unconditional model, and it is said
+    assert said.code == 0
+    assert said.err[0] == "training an unconditional model: the pictures have no classes"
+    assert_mistake(train("model.num_classes=3", "--out", "b", data="flat"), "has no classes", "model.num_classes=null")
 
 
 # ------------------------------------------------------------------------------------------- training: the settings

@@ -19,7 +19,7 @@ from stores import contents, facts_of, make_pictures, make_store, small_kl, smal
 
 from edt_diffusion.data import encode_folder as encoding
 from edt_diffusion.data.codec import PixelCodec, from_uint8
-from edt_diffusion.data.encode import EncodeSettings, encode
+from edt_diffusion.data.encode import EncodeSettings, _usual_part, encode
 from edt_diffusion.data.latents import LatentStore
 from edt_diffusion.data.picture import fit_picture, load_picture
 from edt_diffusion.data.prepare import nearest_size
@@ -280,8 +280,8 @@ def test_odd_names(tmp_path: Path) -> None:
     [
         ({"sizes": [(15, 16)]}, "15x16 pixels .* multiples of 2, such as 16x16"),
         ({"sizes": [(1, 1)]}, "1x1 pixels .* multiples of 2, such as 2x2"),
-        ({"sizes": [(16, 16), (16, 16)]}, "each size once"),
-        ({"sizes": []}, "each size once"),
+        ({"sizes": [(16, 16), (16, 16)]}, "each once"),
+        ({"sizes": []}, "each once"),
         ({"channels": 1}, "1 channels cannot be encoded: this autoencoder takes 3; use --channels 3"),
     ],
 )
@@ -325,7 +325,6 @@ def test_other_settings_are_refused_and_change_nothing(tree: Path, tmp_path: Pat
         ({"flips": "both"}, "views"),
         ({"dtype": "float32"}, "dtype"),
         ({"crop": "resize"}, "preparation"),
-        ({"seed": 3}, "preparation"),
     ):
         refused(f"another {name} .*choose another --out", before, out, tree, out, vae, **changed)
     refused("another kind", before, out, tree, out, small_tiny())
@@ -703,16 +702,31 @@ def test_a_size_that_no_picture_has(tmp_path: Path) -> None:
         store.select_size(8, 32)
 
 
-def test_shards_of_about_64_mib(tree: Path, tmp_path: Path) -> None:
-    cases: list[tuple[Any, dict[str, Any], int]] = [
-        (None, {"sizes": [(256, 256)]}, 256),  # 192 KiB a row: 341, and the power of two below
-        (small_kl(), {"sizes": [(64, 64)], "flips": "both"}, 4096),  # 4 x 32 x 32 halves, twice: 16 KiB
-    ]
-    for vae, settings, pictures in cases:
-        out = tmp_path / f"store-{pictures}"
-        with pytest.raises(Stopped):
-            make_store(tree, out, vae, shard_pictures=None, progress=stop_after(0), **settings)
-        assert json.loads((out / "encode.json").read_text())["shard_pictures"] == pictures
+@pytest.mark.parametrize(
+    ("fitting", "length", "pictures"),
+    [
+        (341, None, 256),  # 64 MiB of 192 KiB rows, and the power of two below
+        (4096, None, 1024),  # what a kill may cost
+        (4096, 1_000_000, 1024),
+        (4096, 1200, 64),  # sixteen parts or more, for several processes
+        (4096, 8000, 256),
+        (4096, 60, 32),
+        (10, None, 32),
+    ],
+)
+def test_usual_size_of_a_part(fitting: int, length: int | None, pictures: int) -> None:
+    assert _usual_part(fitting, length) == pictures
+
+
+def test_a_seed_that_decides_nothing_does_not_tell_stores_apart(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    make_store(tree, out, seed=3)
+    assert make_store(tree, out, seed=4).made == 0
+    assert LatentStore.open(out).manifest.preparation.seed == 0
+    random = tmp_path / "random"
+    make_store(tree, random, seed=3, crop="random")
+    with pytest.raises(UserError, match="another preparation"):
+        make_store(tree, random, seed=4, crop="random")
 
 
 class Flaky:

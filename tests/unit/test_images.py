@@ -420,6 +420,7 @@ def test_parquet_labels_without_names(parquet: Callable[..., Path]) -> None:
 def test_parquet_labels_that_do_not_fit(parquet: Callable[..., Path]) -> None:
     message = message_of(lambda: open_images(parquet("a.parquet", [0, -1], class_label("x", "y")), size=5))
     assert "labels from -1 to 0: labels out of range, expected 0 to 1 for its 2 classes" in message
+    assert message.endswith("data.label_column=null (or --label-column none of edt encode and edt data)")
     message = message_of(lambda: open_images(parquet("b.parquet", [5, 900]), size=5))
     assert "2 different labels from 5 to 900: labels out of range, expected 0 to 1" in message
     message = message_of(lambda: open_images(parquet("c.parquet", [1, None]), size=5))
@@ -429,9 +430,13 @@ def test_parquet_labels_that_do_not_fit(parquet: Callable[..., Path]) -> None:
 def test_parquet_columns(parquet: Callable[..., Path]) -> None:
     path = parquet("a.parquet", [0, 1], column="labels")
     message = message_of(lambda: open_images(path, size=5))
-    assert "has no column 'label': it has image, extra, labels; set data.label_column" in message
+    assert (
+        "has no column 'label': it has image, extra, labels; set data.label_column (or --label-column of edt encode "
+        in message
+    )
     assert message.endswith("(did you mean 'labels'?)")
-    assert "set data.image_column to one of them" in message_of(lambda: open_images(path, size=5, image_column="img"))
+    message = message_of(lambda: open_images(path, size=5, image_column="img"))
+    assert "set data.image_column (or --image-column of edt encode and edt data) to one of them" in message
     assert "expected encoded pictures" in message_of(
         lambda: open_images(path, size=5, image_column="extra", label_column="labels")
     )

@@ -402,6 +402,26 @@ def test_missing_changed_and_moved_pictures_are_named(tree, tmp_path, as_stream)
     assert found.missing == ["apple/0.png"]
     assert found.changed == ["pear/2.png", "quince/1.png"]
     assert (found.pictures, found.identical) == (12, 10)
+    assert found.added == ["apple/00 new.png"]  # not apple/text.jpg: the report says that it was skipped
+    assert found.facts()["added"] == found.added
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_pictures_that_came_after_the_store_are_named(tree, tmp_path, as_stream):
+    store = make_store(tree, tmp_path / "store", None)
+    draw(tree / "quince" / "z.png", 77)  # behind the last row
+    draw(tree / "apple" / "0\n.png", 78)
+    source = streamed(tree) if as_stream else find_source(tree)
+    codec = store_codec(store)
+    assert compare_pictures(store, source, codec).added == ["apple/0\n.png", "quince/z.png"]
+    assert compare_pictures(store, source, codec, limit=5).added == []
+    # Without its report the store knows that one was skipped, but not which.
+    (tmp_path / "store" / "report.json").unlink()
+    assert compare_pictures(store, source, codec).added == ["apple/0\n.png", "apple/text.jpg", "quince/z.png"]
+    for name in ("apple/0\n.png", "quince/z.png"):
+        (tree / name).unlink()
+    source = streamed(tree) if as_stream else find_source(tree)
+    assert compare_pictures(store, source, codec).added == []
 
 
 def test_pictures_whose_label_changed_are_named(tmp_path):
@@ -440,7 +460,7 @@ def test_another_autoencoder_is_refused(tree, tmp_path, vae):
 
 
 def test_real_photographs_come_back_from_taesd(shared_dir, tmp_path):
-    from edt_diffusion.data.dataset import encode_pictures
+    from edt_diffusion.data.encoding_job import encode_pictures
 
     photographs = shared_dir / "data" / "imagenette" / "val"
     taesd = shared_dir / "weights" / "taesd"

@@ -217,7 +217,7 @@ def test_shard_sizes_and_columns(moments: Path, tree: Path) -> None:
     assert store.column("picture_sha256", [1]) == [digest]
     assert store.class_counts() == {"ant": 5, "bee": 4}
     assert store.select_size(16, 16) is store
-    with pytest.raises(UserError, match=r"data.size is 32x16, but .* holds pictures of 16x16: leave data.size out"):
+    with pytest.raises(UserError, match=r"data.size is 32x16, but .* holds pictures of 16x16: set data.size=null"):
         store.select_size(32, 16)
 
 

@@ -242,12 +242,17 @@ def test_split_folders(tmp_path: Path) -> None:
     message = message_of(lambda: find(tmp_path))
     assert "holds the folders of a split set (train, val), not of classes" in message
     assert f"did you mean {str(tmp_path / 'train')!r}?" in message
+    assert message.endswith("name the split, 'train' for one (data.split, or --split of edt encode and edt data)")
     source = find(tmp_path, split="train")
     assert (keys(source), classes(source), values(source)) == (["cat/1.png"], ["cat"], [1])
     assert problems(source) == {"x.txt": "not a picture file (.txt)"}
     assert values(find(tmp_path, split="validation")) == values(find(tmp_path, split="val")) == [2]
-    assert "has no split 'test': it has train, val" in message_of(lambda: find(tmp_path, split="test"))
-    assert "no split 'train': it has no folders" in message_of(lambda: find(tmp_path / "train", split="train"))
+    message = message_of(lambda: find(tmp_path, split="test"))
+    assert "has no split 'test': it has train, val" in message
+    assert message.endswith("; name one of them (data.split, or --split of edt encode and edt data)")
+    message = message_of(lambda: find(tmp_path / "train", split="train"))
+    assert "no split 'train': it has no folders" in message
+    assert message.endswith("; leave the split out (data.split, or --split of edt encode and edt data)")
 
 
 def test_folder_around_split_folders(tmp_path: Path) -> None:
@@ -319,7 +324,8 @@ def test_metadata_jsonl_with_absent_and_outside_files(listed: Path) -> None:
     assert problems(source)["deep/2.png"] == "not listed in metadata.jsonl"
     assert find(listed, label_column=None).labels is None
     message = message_of(lambda: find(listed, label_column="kin"))
-    assert "has no column 'kin': it has file_name, kind; set data.label_column" in message
+    assert "has no column 'kin': it has file_name, kind; set data.label_column (or --label-column of " in message
+    assert "to null (on the command line: none) to read no labels" in message
     assert message.endswith("(did you mean 'kind'?)")
 
 
@@ -446,6 +452,8 @@ def test_webdataset_with_cls(tmp_path: Path) -> None:
         "wds-1.tar/lost": "a sample without a picture (only cls)",
     }
     assert find(tmp_path, label_column=None).labels is None
+    message = message_of(lambda: find(tmp_path, split="train"))
+    assert "its samples are not split; leave the split (data.split, or --split of " in message
     for pattern in ("wds-{0..1}.tar", "wds-{0,1}.tar", "wds-*.tar", "wds-?.tar"):
         assert keys(find(tmp_path / pattern)) == keys(source)
     (tmp_path / "wds-1.tar").rename(tmp_path / "wds[1]-1.tar")
@@ -562,7 +570,8 @@ def test_built_in_digits() -> None:
     assert len(source.reader) == 1797
     assert source.reader.key(3) == "row 3"
     assert source.class_names == list("0123456789")
-    assert "a built-in set is not split" in message_of(lambda: find("digits", split="train"))
+    message = message_of(lambda: find("digits", split="train"))
+    assert "a built-in set is not split; leave the split (data.split, or --split of " in message
 
 
 def test_paths_that_name_nothing(tmp_path: Path) -> None:

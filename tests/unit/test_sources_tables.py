@@ -107,7 +107,9 @@ def test_parquet_shards(tmp_path: Path) -> None:
     as_parquet(tmp_path / "test-00000-of-00001.parquet", (9, 1))
     (tmp_path / "README.md").write_text("")
     (tmp_path / "cover.png").write_bytes(png(0))
-    assert "files of several splits" in message_of(lambda: find(tmp_path))
+    message = message_of(lambda: find(tmp_path))
+    assert "files of several splits" in message
+    assert "name the split (data.split, or --split of edt encode and edt data), or give one file" in message
     source = find(tmp_path, split="train")
     first, second = "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"
     assert keys(source) == [f"{first} row 0", f"{first} row 1", f"{second} row 0"]
@@ -120,7 +122,8 @@ def test_parquet_shards(tmp_path: Path) -> None:
         ("cover.png", "a picture beside Parquet or Arrow files"),
     ]
     assert values(find(tmp_path, split="test")) == [9]
-    assert "no split 'val': it has test, train" in message_of(lambda: find(tmp_path, split="val"))
+    message = message_of(lambda: find(tmp_path, split="val"))
+    assert "no split 'val': it has test, train; name one of them, or leave the split out (data.split, or " in message
     single = find(tmp_path / first)
     assert keys(single) == [f"{first} row 0", f"{first} row 1"]
     assert single.reader.name(1) == f"{tmp_path / first} row 1"
@@ -172,6 +175,36 @@ def test_extra_columns_may_differ(tmp_path: Path) -> None:
     assert "1.parquet' has no column 'label'" in message_of(lambda: find(tmp_path))
 
 
+def test_tables_of_pictures_alone_are_unlabelled(tmp_path: Path, hub: dict[str, Path]) -> None:
+    table = pyarrow.table({"image": [png(1), png(2)]})
+    (tmp_path / "p").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "p" / "train-0.parquet")
+    with pyarrow.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    hub["user/set"] = tmp_path / "p"
+    for path in (tmp_path / "p", tmp_path / "x.arrow", tmp_path / "saved", "user/set"):
+        source = find(path)
+        assert (values(source), source.labels, source.class_names) == ([1, 2], None, None)
+        # Labels that were asked for by name must be there.
+        assert "has no column 'kind': it has image" in message_of(lambda path=path: find(path, label_column="kind"))
+    stream = find_source("user/set", streaming=True)
+    assert isinstance(stream, StreamedSource)
+    assert not stream.labelled
+    assert [row.label for row in stream.rows()] == [None, None]
+
+
+@pytest.mark.parametrize("labelled_first", [False, True])
+def test_a_column_beside_the_pictures_in_any_file_asks_for_labels(tmp_path: Path, labelled_first: bool) -> None:
+    write = pyarrow.parquet.write_table
+    tables = [pyarrow.table({"image": [png(1)]}), pyarrow.table({"image": [png(2)], "label": ["a"]})]
+    for number, table in enumerate(reversed(tables) if labelled_first else tables):
+        write(table, tmp_path / f"{number}.parquet")
+    assert "has no column 'label': it has image;" in message_of(lambda: find(tmp_path))
+    write(pyarrow.table({"image": [png(1)], "kind": ["a"]}), tmp_path / "one.parquet")
+    assert "it has image, kind; set data.label_column" in message_of(lambda: find(tmp_path / "one.parquet"))
+
+
 # ------------------------------------------------------------------------------------------- Arrow and saved folders
 
 
@@ -202,7 +235,9 @@ def test_saved_dataset(tmp_path: Path) -> None:
     assert (values(source), labels(source), source.class_names) == ([1, 2, 3], [2, 1, 0], NAMES)
     assert keys(source) == ["row 0", "row 1", "row 2"]
     assert png(1) not in pickle.dumps(source.reader)
-    assert "was saved without splits" in message_of(lambda: find(tmp_path / "one", split="train"))
+    assert "was saved without splits; leave the split (data.split, or --split of " in message_of(
+        lambda: find(tmp_path / "one", split="train")
+    )
     assert "has no column 'labels'" in message_of(lambda: find(tmp_path / "one", label_column="labels"))
 
     whole.select([2, 0]).save_to_disk(tmp_path / "some")
@@ -219,7 +254,8 @@ def test_saved_splits(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
     assert "holds several splits: it has train, test" in message_of(lambda: find(tmp_path / "two"))
     assert values(find(tmp_path / "two", split="test")) == [3]
-    assert "has no split 'val'" in message_of(lambda: find(tmp_path / "two", split="val"))
+    message = message_of(lambda: find(tmp_path / "two", split="val"))
+    assert "has no split 'val': it has train, test; name one of them (data.split, or --split of " in message
     datasets.DatasetDict({"all": parts["train"]}).save_to_disk(tmp_path / "single")
     assert values(find(tmp_path / "single")) == [1, 2]
     (tmp_path / "single" / "all" / "state.json").write_text("{")
@@ -340,6 +376,7 @@ def test_stream_without_class_names(tmp_path: Path, hub: dict[str, Path]) -> Non
     hub["user/set"] = tmp_path / "h"
     message = message_of(lambda: find_source("user/set", streaming=True))
     assert "does not name its classes, and a stream's must be known at its start" in message
+    assert message.endswith("data.label_column=null (or --label-column none of edt encode and edt data)")
 
 
 # ------------------------------------------------------------------------------------------- URLs

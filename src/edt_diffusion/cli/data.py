@@ -12,17 +12,18 @@ from .output import finish, quiet_libraries
 
 _FORMS = ("npy", "parquet", "pictures", "store")
 _MOST_PROBLEMS = 20
+_NO_STORE = "is for latent stores, and {} is none: leave it out"
 
 
 def inspect(
     path: str = typer.Argument(metavar="PATH", help="Pictures (as for edt encode) or a latent store."),
     out: Path = typer.Option(None, "--out", help="Folder for inspect.json and a contact sheet for each class."),
-    size: str = typer.Option("256", "--size", help="Pixels the pictures are cropped to for the channels' statistics."),
+    size: str = typer.Option(None, "--size", help="Of pictures, for the channels' statistics (default: 256)."),
     sheet: int = typer.Option(24, "--sheet", min=0, help="Pictures on a contact sheet; 0 for no sheets."),
-    sample: int = typer.Option(4096, "--sample", min=1, help="Rows of a store to measure the channels again on."),
+    sample: int = typer.Option(None, "--sample", min=1, help="Rows of a store to measure again (default: 4096)."),
     codec: str = typer.Option(None, "--codec", help="Autoencoder of a store that holds no copy."),
-    label_column: str = typer.Option("label", "--label-column", help="Of tables; none reads no labels."),
-    image_column: str = typer.Option("image", "--image-column", help="Of tables."),
+    label_column: str = typer.Option(None, "--label-column", help="Of tables; none reads no labels (default: label)."),
+    image_column: str = typer.Option(None, "--image-column", help="Of tables (default: image)."),
     split: str = typer.Option(None, "--split", help="Of a source with several, such as train."),
     streaming: bool = typer.Option(False, "--streaming", help="Read a hub's set without downloading it first."),
     workers: int = typer.Option(None, "--workers", min=1, help="Threads that read and decode (default: cores, to 8)."),
@@ -34,16 +35,19 @@ def inspect(
 
     Example: edt data inspect pictures/ --out report/
     """
-    from ..data.dataset import parse_size
+    from ..data.encoding_job import parse_size
     from ..data.inspection import describe, inspect_pictures, inspect_store
 
-    wanted = parse_size(size)
+    wanted = parse_size(size or "256")
     _keep_out(path, out)
     quiet_libraries()
+    of_pictures = _reading(image_column, label_column, split, streaming) | {"--size": size, "--workers": workers}
     if _is_store(path):
+        _refuse_given(of_pictures, f"is for pictures, and {path} is a latent store: leave it out")
         with _progress("reading", "rows", quiet or as_json) as told:
-            facts = inspect_store(path, out, sheet, sample, codec, device, told)
+            facts = inspect_store(path, out, sheet, sample or 4096, codec, device, told)
     else:
+        _refuse_given({"--codec": codec, "--sample": sample, "--device": device}, _NO_STORE.format(path))
         source = _source(path, image_column, label_column, split, streaming)
         with _progress("inspecting", "pictures", quiet or as_json) as told:
             facts = inspect_pictures(source, wanted, out, sheet, workers, told)
@@ -55,9 +59,9 @@ def verify(
     pictures: str = typer.Option(None, "--pictures", help="What the store was made of, to compare it with."),
     limit: int = typer.Option(None, "--limit", min=1, help="Compare that many pictures, evenly spaced."),
     codec: str = typer.Option(None, "--codec", help="Autoencoder of a store that holds no copy."),
-    batch_size: int = typer.Option(16, "--batch-size", min=1, help="Rows decoded at once."),
-    label_column: str = typer.Option("label", "--label-column", help="Of tables; none reads no labels."),
-    image_column: str = typer.Option("image", "--image-column", help="Of tables."),
+    batch_size: int = typer.Option(None, "--batch-size", min=1, help="Rows decoded at once (default: 16)."),
+    label_column: str = typer.Option(None, "--label-column", help="Of tables; none reads no labels (default: label)."),
+    image_column: str = typer.Option(None, "--image-column", help="Of tables (default: image)."),
     split: str = typer.Option(None, "--split", help="Of a source with several, such as train."),
     streaming: bool = typer.Option(False, "--streaming", help="Read a hub's set without downloading it first."),
     workers: int = typer.Option(None, "--workers", min=1, help="Threads that read and decode (default: cores, to 8)."),
@@ -77,9 +81,11 @@ def verify(
     from ..util.errors import UserError
 
     quiet_libraries()
+    of_stores = {"--limit": limit, "--codec": codec, "--batch-size": batch_size, "--device": device}
     if not _is_store(path):
         if pictures is not None:
             raise UserError(f"{path!r} is no latent store: leave --pictures out to check the pictures themselves")
+        _refuse_given(of_stores, _NO_STORE.format(path))
         source = _source(path, image_column, label_column, split, streaming)
         with _progress("decoding", "pictures", quiet or as_json) as told:
             count, failures = verify_pictures(source, workers, told)
@@ -88,6 +94,9 @@ def verify(
         good = f"all {count} pictures of {path} can be decoded"
         _verdict(lines, good, f"{len(failures)} of {count} pictures of {path} cannot be decoded", facts, as_json)
         return
+    if pictures is None:
+        of_pictures = _reading(image_column, label_column, split, streaming) | {"--workers": workers}
+        _refuse_given(of_stores | of_pictures, "is for comparing a store: name its --pictures, or leave it out")
     with _progress("verifying", "shards", quiet or as_json) as told:
         problems = verify_store(path, told)
     facts: dict[str, Any] = {"path": path, "problems": problems}
@@ -97,10 +106,11 @@ def verify(
         source = _source(pictures, image_column, label_column, split, streaming)
         decoder = store_codec(store, codec, device)
         with _progress("comparing", "pictures", quiet or as_json) as told:
-            trip = compare_pictures(store, source, decoder, limit, batch_size, workers, told)
+            trip = compare_pictures(store, source, decoder, limit, batch_size or 16, workers, told)
         facts["round_trip"] = trip.facts()
         for name, what in (("missing", "is missing"), ("changed", "has changed"), ("relabelled", "changed class")):
             problems += [f"{key}: {what} in {pictures} since it was encoded" for key in getattr(trip, name)]
+        problems += [f"{key}: is in {pictures}, but not in the store" for key in trip.added]
         good += f"; {_round_trip(facts['round_trip'])}"
     facts["whole"] = not problems
     rest = "" if pictures is None or "round_trip" in facts else "; the pictures were not compared"
@@ -129,7 +139,7 @@ def convert(
     Example: edt data convert latents/ looks/ --to pictures --limit 100
     """
     from ..data import exchange
-    from ..data.dataset import parse_size
+    from ..data.encoding_job import parse_size
     from ..data.inspection import store_codec
     from ..data.latents import LatentStore
     from ..data.shard_files import is_store
@@ -212,11 +222,17 @@ def _is_store(path: str) -> bool:
     return is_store(path) or (Path(path).expanduser() / PLAN).is_file()
 
 
-def _source(path: str, image_column: str, label_column: str, split: str | None, streaming: bool) -> Any:
+def _source(path: str, image_column: str | None, label_column: str | None, split: str | None, streaming: bool) -> Any:
     from ..data.sources import find_source
 
-    labels = None if label_column == "none" else label_column
-    return find_source(path, image_column=image_column, label_column=labels, split=split, streaming=streaming)
+    image, label = image_column or "image", None if label_column == "none" else label_column or "label"
+    return find_source(path, image_column=image, label_column=label, split=split, streaming=streaming)
+
+
+def _reading(image_column: str | None, label_column: str | None, split: str | None, streaming: bool) -> dict[str, Any]:
+    """The options by which pictures are found; None for those not given."""
+    columns = {"--image-column": image_column, "--label-column": label_column}
+    return {**columns, "--split": split, "--streaming": streaming or None}
 
 
 @contextmanager
@@ -236,7 +252,7 @@ def _verdict(problems: list[str], good: str, bad: str, facts: dict[str, Any], as
             print(shown(problem))
         if len(problems) > _MOST_PROBLEMS:
             print(f"and {len(problems) - _MOST_PROBLEMS} more; --json lists all")
-    finish(bad if problems else good, facts, as_json)
+    finish(shown(bad if problems else good), facts, as_json)
     if problems:
         raise typer.Exit(1)
 
@@ -266,6 +282,15 @@ def _refuse_stray(to: str, options: dict[str, tuple[bool, tuple[str, ...]]]) -> 
     for name, (given, forms) in options.items():
         if given and to not in forms:
             raise UserError(f"{name} is for --to {' or '.join(forms)}, not --to {to}: leave it out")
+
+
+def _refuse_given(options: dict[str, Any], why: str) -> None:
+    """Refuse options that would do nothing; those not given are None."""
+    from ..util.errors import UserError
+
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"{name} {why}")
 
 
 def _count(number: int, what: str) -> str:

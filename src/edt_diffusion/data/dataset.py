@@ -1,31 +1,14 @@
 """From the settings of a run to its training data: the one path by which pictures and stores are opened."""
 
-import hashlib
-import json
-import os
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
-
-import torch
+import numpy as np
 
 from ..util.errors import UserError
-from ..util.files import make_folder
-from ..util.progress import CountProgress
-from .codec import LatentScaling, PixelCodec, VAECodec
 from .config import DataConfig
-from .encode import Encoded, EncodeSettings, encode
+from .first_use import encoded_on_first_use
 from .images import ImageDataset, open_images
 from .latents import KEPT_SHARDS, LatentStore
-from .manifest import CodecFacts
-from .order import BalancedShuffle, GlobalShuffle, Order, ShardShuffle
-from .shard_files import cache_folder, is_store
-from .sources import Source, StreamedSource, find_source
-from .vae import load_vae, vae_id, vae_sha256
-
-_WAIT_SECONDS = 1.0
+from .order import BalancedShuffle, BucketedOrder, GlobalShuffle, Order, ShardShuffle
+from .shard_files import is_store
 
 
 def open_dataset(data: DataConfig, seed: int = 0, quiet: bool = True) -> ImageDataset | LatentStore:
@@ -45,12 +28,23 @@ def open_dataset(data: DataConfig, seed: int = 0, quiet: bool = True) -> ImageDa
     if data.path is None:
         raise UserError("no pictures given: use --data PATH, or set data.path in the configuration")
     if is_store(data.path):
+        _refuse_stray(data, "a latent store", "split", "streaming", "cache", "label_column", "image_column")
         keep = max(KEPT_SHARDS, 2 * data.shuffle_shards + 2)
         return _fitting(LatentStore.open(data.path, data.latent_scaling, keep), data)
     if data.size is None:
         raise UserError("data.size is not set: give the side of the pictures in pixels, or [height, width]")
     if data.codec is not None:
-        return _fitting(_encoded(data, seed, quiet), data)
+        _refuse_stray(data, "pictures that are encoded", "cache")
+        return _fitting(LatentStore.open(encoded_on_first_use(data, seed, quiet), data.latent_scaling), data)
+    _refuse_stray(
+        data,
+        "pixels",
+        "streaming",
+        "latent_scaling",
+        "verify",
+        "codec_batch",
+        remedy="name an autoencoder by data.codec",
+    )
     return open_images(
         data.path,
         size=data.size,
@@ -83,8 +77,18 @@ def described(data: DataConfig, dataset: ImageDataset | LatentStore) -> DataConf
     return data.model_copy(update=update)
 
 
-def make_order(data: DataConfig, dataset: ImageDataset | LatentStore, seed: int) -> Order:
-    """The order in which rows are shown."""
+def make_order(
+    data: DataConfig, dataset: ImageDataset | LatentStore, seed: int, global_batch: int = 1
+) -> Order | BucketedOrder:
+    """The order in which rows are shown; rows of several sizes come in global batches of one size each."""
+    if isinstance(dataset, LatentStore) and len(dataset.buckets) > 1:
+        if data.balance:
+            raise UserError("data.balance=true is for pictures of one size: leave it out, or set data.size")
+        sizes = dataset.bucket_sizes()
+        orders = [GlobalShuffle(size, seed, part=number) for number, size in enumerate(sizes)]
+        firsts = np.cumsum([0, *sizes])
+        rows = [np.arange(first, first + size) for first, size in zip(firsts, sizes, strict=False)]
+        return BucketedOrder(orders, rows, seed, global_batch)
     if data.balance:
         if dataset.labels is None:
             raise UserError(f"data.balance=true, but {dataset.source} has no classes: leave it out")
@@ -99,63 +103,18 @@ def make_order(data: DataConfig, dataset: ImageDataset | LatentStore, seed: int)
     return GlobalShuffle(len(dataset), seed)
 
 
-def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
-    """(height, width) from "256" or "256x320".
+def _refuse_stray(data: DataConfig, what: str, *names: str, remedy: str = "") -> None:
+    """Refuse settings that would have no effect.
 
-    Raises:
-        UserError: it is neither.
+    What differs from the default counts as given: a run's own configuration names every setting.
     """
-    parts = text.lower().split("x")
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
-        raise UserError(f"{name} {text!r}: expected a number of pixels such as 256, or HEIGHTxWIDTH such as 256x320")
-    return numbers[0], numbers[-1]
-
-
-def encode_pictures(
-    source: Source | StreamedSource,
-    codec: str | None,
-    out: Path,
-    settings: EncodeSettings,
-    device: str | None = None,
-    progress: Callable[[int, int | None, int], None] | None = None,
-) -> Encoded:
-    """Load the codec and run `data.encode.encode`.
-
-    Args:
-        source: the pictures.
-        codec: folder or hub id of an autoencoder, or None for a store of prepared pixels.
-        out: folder of the store.
-        settings: see `EncodeSettings`.
-        device: such as "cuda:1"; None takes a GPU if there is one.
-        progress: see `encode`.
-    """
-    if codec is None:
-        return encode(source, PixelCodec(settings.channels), None, out, settings, progress)
-    vae: Any = load_vae(codec)
-    facts = CodecFacts(class_name=type(vae).__name__, id=vae_id(codec), sha256=vae_sha256(vae))
-    wanted = torch.device(device or default_device())
-    try:
-        vae = vae.to(wanted)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--device {device} cannot be used ({reason}): expected such as cpu or cuda:0") from None
-    return encode(source, VAECodec(vae), facts, out, settings, progress)
-
-
-def default_device() -> str:
-    """The GPU of this process, or the CPU."""
-    if torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def processes() -> tuple[int, int]:
-    """This process's number and the number of processes, as torchrun and `accelerate launch` set them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    defaults = DataConfig()
+    for name in names:
+        if getattr(data, name) != getattr(defaults, name):
+            also = f", or {remedy}" if remedy else ""
+            raise UserError(
+                f"data.{name}={getattr(data, name)} has no effect on {what} ({data.path}): leave it out{also}"
+            )
 
 
 def _fitting(store: LatentStore, data: DataConfig) -> LatentStore:
@@ -163,78 +122,12 @@ def _fitting(store: LatentStore, data: DataConfig) -> LatentStore:
     if data.size is not None:
         height, width = (data.size, data.size) if isinstance(data.size, int) else data.size
         store = store.select_size(height, width)
+    if store.manifest.kind == "pixels" and data.codec is not None:
+        raise UserError(
+            f"data.codec={data.codec}, but {store.source} holds pixels: leave it out, or encode with --codec"
+        )
     if data.flip:
         store.require_flips()
     if data.limit is not None and data.limit < len(store):
         store = store.subset([row * len(store) // data.limit for row in range(data.limit)])
     return store
-
-
-def _encoded(data: DataConfig, seed: int, quiet: bool) -> LatentStore:
-    """The store of a run's pictures in the cache folder, made if it is not there."""
-    assert data.path is not None
-    assert data.size is not None
-    assert data.codec is not None
-    found = find_source(
-        data.path,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        split=data.split,
-        streaming=data.streaming,
-    )
-    flips: Literal["one", "both"] = "both" if data.flip else "one"
-    size = (data.size, data.size) if isinstance(data.size, int) else data.size
-    rank, world_size = processes()
-    settings = EncodeSettings(
-        [size], data.channels, data.crop, seed, flips, batch_size=data.codec_batch, rank=rank, world_size=world_size
-    )
-    vae = load_vae(data.codec)
-    scaling = LatentScaling.of_config(vae.config)
-    key = {
-        "pictures": _fingerprint(data.path),
-        "columns": [data.image_column, data.label_column, data.split],
-        "codec": [vae_sha256(vae), scaling.shift, scaling.scale],
-        "size": size,
-        "channels": data.channels,
-        "crop": [data.crop, seed if data.crop == "random" else 0],
-        "flips": flips,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    out = cache_folder() / "latents" / digest[:32]
-    make_folder(out.parent)
-    fresh = not (out / "manifest.json").is_file()
-    if fresh and not quiet and rank == 0:
-        print(f"encoding {found.description} with {vae_id(data.codec)} into {out}", file=sys.stderr, flush=True)
-    with CountProgress("encoding", "images", quiet or rank > 0 or not fresh) as told:
-        done = encode_pictures(found, data.codec, out, settings, progress=lambda d, t, s: told(d, t, _unreadable(s)))
-    while not done.finished and not (out / "manifest.json").is_file():
-        time.sleep(_WAIT_SECONDS)  # the other processes of this job have parts to do
-    if done.skipped and not quiet and rank == 0:
-        print(f"{done.skipped} pictures cannot be read and are left out: {out / 'report.json'}", file=sys.stderr)
-    return LatentStore.open(out, data.latent_scaling)
-
-
-def _unreadable(count: int) -> str:
-    return f"{count} unreadable" if count else ""
-
-
-def _fingerprint(path: str) -> str:
-    """A digest that changes when pictures below a local path do: names, sizes and times of all files."""
-    root = Path(path).expanduser()
-    digest = hashlib.sha256((os.path.abspath(root) if root.exists() else path).encode("utf-8", "surrogateescape"))
-    if root.is_file():
-        return _add_file(digest, root).hexdigest()
-    for folder, folders, files in os.walk(root, followlinks=False):
-        folders.sort()
-        for name in sorted(files):
-            _add_file(digest, Path(folder, name))
-    return digest.hexdigest()
-
-
-def _add_file(digest: "hashlib._Hash", path: Path) -> "hashlib._Hash":
-    try:
-        facts = path.stat()
-    except OSError:  # a dangling link; the encoding will report it
-        return digest
-    digest.update(f"{path.name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest

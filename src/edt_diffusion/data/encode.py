@@ -8,11 +8,10 @@ manifest and removes the records.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,8 @@ from .shards import ShardRows, write_shard
 from .sources import Row, Source, StreamedSource
 
 _SHARD_BYTES = 64 << 20
+_PART_PICTURES = 1024
+_PARTS = 16
 
 # Called with pictures done, pictures in all (None while a stream's length is unknown), and unreadable ones.
 Progress = Callable[[int, int | None, int], None]
@@ -51,7 +52,8 @@ class EncodeSettings:
         dtype: float16, or float32 for latents that exceed its range; pixels are uint8 always.
         batch_size: pictures the autoencoder gets at once, always filled up to it; None is 32 on a GPU and 2 on a CPU,
             where small batches stay in its caches.
-        shard_pictures: pictures of one part; None makes shards of about 64 MiB.
+        shard_pictures: pictures of one part, which is what a kill can cost; None is a power of two: at most 1,024, at
+            most 64 MiB, and at least sixteen parts of 32 pictures or more.
         workers: threads that read and decode; None as many as there are cores, but at most 8.
         strict: stop at the first picture that cannot be read.
         rank: this process, of `world_size`.
@@ -83,6 +85,7 @@ class Encoded:
         skipped: pictures that could not be read.
         made: pictures that this call encoded.
         finished: whether the store is complete; if not, other processes are still at it.
+        empty_classes: names of the classes of which no picture could be read.
     """
 
     folder: Path
@@ -91,6 +94,7 @@ class Encoded:
     skipped: int
     made: int
     finished: bool
+    empty_classes: list[str] = field(default_factory=list)
 
 
 def encode(
@@ -138,8 +142,9 @@ class _Encoding:
         kept = 2 * channels if codec.kind == "moments" else channels
         widest = max(bucket.shape[1] * bucket.shape[2] for bucket in self.buckets)
         row_bytes = kept * widest * dtype.itemsize * len(self.views)
-        # A power of two: no usual batch straddles two parts.
-        usual = 1 << max(int(math.log2(_SHARD_BYTES / row_bytes)), 5)
+        length = len(source.reader) if isinstance(source, Source) else source.length
+        usual = _usual_part(_SHARD_BYTES // row_bytes, length)
+        seed = settings.seed if settings.crop == "random" else 0  # else it decides nothing, and must not tell apart
         plan = {
             "format": "edt-latents",
             "kind": codec.kind,
@@ -147,13 +152,13 @@ class _Encoding:
             "views": self.views,
             "codec": None if codec_facts is None else codec_facts.model_dump(mode="json"),
             "scaling": {"shift": list(codec.scaling.shift), "scale": list(codec.scaling.scale)},
-            "preparation": Preparation(crop=settings.crop, channels=settings.channels, seed=settings.seed).model_dump(),
+            "preparation": Preparation(crop=settings.crop, channels=settings.channels, seed=seed).model_dump(),
             "buckets": [bucket.model_dump(mode="json") for bucket in self.buckets],
             "class_names": source.class_names,
         }
         self.folder = StoreFolder(out, source, plan, settings.shard_pictures or usual, settings.world_size == 1)
         self.encode_batch = BatchEncoder(codec, self.buckets, self.views, dtype, settings.channels, settings.batch_size)
-        self.prepare = Preparer(settings.sizes, settings.channels, settings.crop, settings.seed)
+        self.prepare = Preparer(settings.sizes, settings.channels, settings.crop, seed)
         self.workers = settings.workers or min(os.cpu_count() or 1, 8)
         self.made = 0
 
@@ -187,8 +192,10 @@ class _Encoding:
         if not isinstance(manifest, Manifest):
             pictures, rows, skipped = manifest
             return Encoded(self.out, pictures, rows, skipped, self.made, finished=False)
+        counts = zip(manifest.class_names or [], manifest.class_counts or [], strict=True)
+        empty = [name for name, count in counts if not count]
         pictures = manifest.source.pictures
-        return Encoded(self.out, pictures, manifest.rows, manifest.skipped, self.made, finished=True)
+        return Encoded(self.out, pictures, manifest.rows, manifest.skipped, self.made, True, empty)
 
     def _encode_parts(self, pool: ThreadPoolExecutor) -> int:
         """Encode this process's parts that are not done; returns how many parts there are in all."""
@@ -200,6 +207,8 @@ class _Encoding:
             if part is None and number % self.settings.world_size == self.settings.rank:
                 if self.folder.manifest() is not None:  # the records are gone because another process has finished
                     return parts
+                if self.settings.world_size > 1:  # the others' parts are done too
+                    done = self.folder.pictures_done(total)
                 part = self._encode_part(number, rows, pool, done, total, skipped)
                 self.made += part.pictures
             if part is not None:
@@ -307,6 +316,16 @@ class _Encoding:
         return ShardFacts(file=name, bucket=bucket, first=first, rows=len(kept), bytes=size, sha256=sha256)
 
 
+def _usual_part(fitting: int, length: int | None) -> int:
+    """Pictures of a part: a power of two, so that no usual batch straddles two parts.
+
+    Large parts make large files and cost much when the process is killed, and small sets must make enough parts for
+    several processes. The number of processes has no say: the store must not depend on it.
+    """
+    wanted = min(fitting, _PART_PICTURES, _PART_PICTURES if length is None else length // _PARTS)
+    return max(1 << max(wanted, 1).bit_length() - 1, 32)
+
+
 def _check(settings: EncodeSettings, codec: VAECodec | PixelCodec) -> None:
     """Refuse sizes and channels that the codec cannot have."""
     factor = codec.downsample_factor
@@ -324,5 +343,6 @@ def _check(settings: EncodeSettings, codec: VAECodec | PixelCodec) -> None:
             f"--channels {taken} (data.channels={taken} in a run)"
         )
     if not settings.sizes or len(set(settings.sizes)) != len(settings.sizes):
-        raise UserError(f"the sizes {settings.sizes} are none, or the same twice: give each size once")
+        listed = ", ".join(f"{height}x{width}" for height, width in settings.sizes) or "none"
+        raise UserError(f"the sizes are {listed}: give at least one, and each once")
     assert 0 <= settings.rank < settings.world_size

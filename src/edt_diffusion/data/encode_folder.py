@@ -48,6 +48,10 @@ from .vae import save_vae
 PLAN = "encode.json"
 
 
+class OtherStore(UserError):
+    """The folder holds something else than what is to be encoded into it."""
+
+
 class Part(BaseModel):
     """The record of a part: how many pictures, a digest of their names and labels, what became of them."""
 
@@ -102,7 +106,7 @@ class StoreFolder:
         there = self._settings_in(PLAN) or self._settings_in(MANIFEST)
         if there is None:
             if others:
-                raise UserError(f"{self.path} holds other files: name a new folder, or one of an unfinished encoding")
+                raise OtherStore(f"{self.path} holds other files: name a new folder, or one of an unfinished encoding")
             atomic_write_json(self.path / PLAN, {**told, "shard_pictures": self.part_pictures})
             return None
         self._refuse_others(there, told)
@@ -130,6 +134,11 @@ class StoreFolder:
             return None
         return read_manifest(content, str(self.path / MANIFEST))
 
+    def pictures_done(self, total: int | None) -> int:
+        """About how many pictures all processes have done."""
+        done = sum(1 for _ in self.path.glob("part-*.json")) * self.part_pictures
+        return done if total is None else min(done, total)
+
     def save_codec(self, codec: Any) -> None:
         """Copy the autoencoder into the folder, if that has not been done."""
         if isinstance(codec, VAECodec) and not (self.path / CODEC).exists():
@@ -151,7 +160,7 @@ class StoreFolder:
             raise UserError(f"{path} is damaged: remove it and run the same command again") from None
         first = number * self.part_pictures
         if isinstance(self.source, Source) and self._names(first, part.pictures) != part.names_sha256:
-            raise UserError(
+            raise OtherStore(
                 f"the pictures have changed since {self.path} was begun (names or labels of numbers {first} to "
                 f"{first + part.pictures - 1}): bring them back, or choose another --out"
             )
@@ -225,7 +234,7 @@ class StoreFolder:
             if key == "codec" and isinstance(had, dict) and isinstance(value, dict):
                 had = had | {"id": value["id"]}  # the weights count, not where they lie
             if had != value:
-                raise UserError(
+                raise OtherStore(
                     f"{self.path} holds a store with another {key} ({_short(had)}, now {_short(value)}): choose "
                     "another --out, or give the settings it was made with"
                 )
@@ -237,7 +246,7 @@ class StoreFolder:
             count, size = len(self.source.reader), manifest.shard_pictures
             digests = [self._names(first, min(size, count - first)) for first in range(0, count, size)]
             if _joined(digests) != manifest.source.sha256:
-                raise UserError(
+                raise OtherStore(
                     f"{self.path} holds a store of other pictures (names or labels differ): choose another --out"
                 )
 

@@ -85,11 +85,11 @@ class LatentStore:
 
     @property
     def codec_folder(self) -> str | None:
-        """The copy of the autoencoder in a local store, or None."""
-        if self.manifest.codec is None or not self.manifest.codec.bundled or not isinstance(self._files, LocalShards):
+        """A local folder with the store's copy of its autoencoder (fetched, for a remote store), or None."""
+        if self.manifest.codec is None or not self.manifest.codec.bundled:
             return None
-        folder = self._files.folder / CODEC
-        return str(folder) if folder.is_dir() else None
+        folder = self._files.subfolder(CODEC)
+        return None if folder is None else str(folder)
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -127,7 +127,7 @@ class LatentStore:
         if (height, width) not in present:
             listed = ", ".join(f"{h}x{w}" for h, w in present)
             raise UserError(
-                f"data.size is {height}x{width}, but {self.source} holds pictures of {listed}: leave data.size out, or "
+                f"data.size is {height}x{width}, but {self.source} holds pictures of {listed}: set data.size=null, or "
                 "encode the pictures at that size"
             )
         if len(sizes) == 1:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ..util.disk import disk_full
 from ..util.errors import UserError
-from ..util.files import atomic_path, make_folder, sha256_file
+from ..util.files import atomic_directory, atomic_path, make_folder, sha256_file
 from .manifest import FORMAT, MANIFEST, Manifest, ShardFacts
 
 _NOT_A_STORE = "expected a folder that edt encode wrote, with a manifest.json"
@@ -36,6 +36,10 @@ class ShardFiles(Protocol):
         """A local file with a shard's bytes."""
         ...
 
+    def subfolder(self, name: str) -> Path | None:
+        """A local folder with the files of a folder of the store; None if it has none."""
+        ...
+
     def check_sizes(self, manifest: Manifest) -> None:
         """Raise a `UserError` that names the first shard that is missing or of another size."""
         ...
@@ -43,6 +47,7 @@ class ShardFiles(Protocol):
 
 def open_files(location: str, keep: int) -> ShardFiles:
     """The files behind a path or URL; `keep` is how many shards of a remote store may lie on the local disk."""
+    location = location.removeprefix("file://")
     return RemoteShards(location, keep) if "://" in location else LocalShards(Path(location).expanduser())
 
 
@@ -86,6 +91,10 @@ class LocalShards:
 
     def path(self, shard: ShardFacts) -> Path:
         return self.folder / shard.file
+
+    def subfolder(self, name: str) -> Path | None:
+        folder = self.folder / name
+        return folder if folder.is_dir() else None
 
     def check_sizes(self, manifest: Manifest) -> None:
         for shard in manifest.shards:
@@ -155,6 +164,25 @@ class RemoteShards:
             if disk_full(error):
                 reason = f"the disk of {self._folder} is full; make room, or name another folder by EDT_CACHE"
             raise UserError(f"shard {self.location}/{shard.file} cannot be fetched: {reason}") from None
+        return target
+
+    def subfolder(self, name: str) -> Path | None:
+        assert self._folder is not None, "the manifest is read first"
+        target = self._folder / name
+        if not target.is_dir():
+            filesystem, root = self._filesystem()
+            try:
+                if not filesystem.isdir(f"{root}/{name}"):
+                    return None
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with atomic_directory(target) as temporary:
+                    for file in filesystem.find(f"{root}/{name}", maxdepth=1):
+                        filesystem.get_file(file, str(temporary / file.rsplit("/", 1)[1]))
+            except FileExistsError:  # another process was faster
+                pass
+            except Exception as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(f"{self.location}/{name} cannot be fetched: {reason}") from None
         return target
 
     def _make_room(self) -> None:

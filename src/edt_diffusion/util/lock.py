@@ -13,6 +13,10 @@ except ImportError:  # Windows
     fcntl = None
 
 
+class Busy(UserError):
+    """Somebody else holds a lock."""
+
+
 class Lock:
     """Advisory lock on a file or folder, held from `acquire` to `release` or to the end of the process.
 
@@ -36,7 +40,8 @@ class Lock:
         """Take the lock; nothing happens if this object holds it.
 
         Raises:
-            UserError: if somebody else holds it.
+            Busy: if somebody else holds it.
+            UserError: if it cannot be opened.
         """
         if not self.active or fcntl is None or self._descriptor is not None:
             return
@@ -49,7 +54,7 @@ class Lock:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(self.refusal) from None
+            raise Busy(self.refusal) from None
         except OSError:
             os.close(descriptor)
             return

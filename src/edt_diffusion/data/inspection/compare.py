@@ -14,6 +14,7 @@ from ..latents import LatentStore
 from ..prepare import Prepared, Preparer, rows_of
 from ..sources import Row, Source, StreamedSource
 from .decoding import decode_rows
+from .stores import read_report
 from .summary import UNKNOWN, default_workers, evenly_spaced, in_threads
 
 Told = Callable[[int, int | None, int], None]
@@ -37,6 +38,7 @@ class RoundTrip:
         missing: not in the source any more.
         changed: their bytes are not those that were encoded.
         relabelled: in another class now.
+        added: in the source, but neither in the store nor among those that were skipped; looked for without a limit.
         values: PSNR of each picture that the codec changed, with its name, in dB.
         identical: pictures that came back bit for bit.
     """
@@ -45,6 +47,7 @@ class RoundTrip:
     missing: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     relabelled: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
     values: list[tuple[float, str]] = field(default_factory=list)
     identical: int = 0
 
@@ -60,7 +63,7 @@ class RoundTrip:
                 "min": lowest,
                 "worst": worst,
             }
-        lists = {name: getattr(self, name) for name in ("missing", "changed", "relabelled")}
+        lists = {name: getattr(self, name) for name in ("missing", "changed", "relabelled", "added")}
         return {"pictures": self.pictures, **lists, "identical": self.identical, "psnr": ratio}
 
 
@@ -82,13 +85,13 @@ def compare_pictures(
         store: the whole store.
         source: the pictures.
         codec: see `store_codec`.
-        limit: compare that many rows, evenly spaced; None compares all.
+        limit: compare that many rows, evenly spaced; None compares all, and looks for pictures without a row.
         batch_size: rows decoded at once.
         workers: threads; None as many as there are cores, but at most 8.
         told: called with pictures done, pictures in all, and missing or changed ones.
 
     Raises:
-        UserError: the store does not know its pictures, having been converted.
+        UserError: the store does not know its pictures, having been converted, or its report is damaged.
     """
     manifest = store.manifest
     rows = evenly_spaced(np.arange(len(store)), limit)
@@ -117,7 +120,7 @@ def compare_pictures(
     done = 0
     workers = workers or default_workers()
     with ThreadPoolExecutor(workers, "edt-verify") as pool:
-        for match, picture in in_threads(pool, work, _matches(store, source, rows, found), 2 * workers):
+        for match, picture in in_threads(pool, work, _matches(store, source, rows, found, limit is None), 2 * workers):
             done += 1
             found.pictures += 1
             if picture.sha256 != match.sha256 or picture.pixels is None:
@@ -132,6 +135,7 @@ def compare_pictures(
             if told is not None:
                 told(done, len(rows), len(found.missing) + len(found.changed))
     flush()
+    found.added = _without_skipped(store, found.added)
     return found
 
 
@@ -148,20 +152,27 @@ class _Match:
 
 
 def _matches(
-    store: LatentStore, source: Source | StreamedSource, rows: np.ndarray, found: RoundTrip
+    store: LatentStore, source: Source | StreamedSource, rows: np.ndarray, found: RoundTrip, whole: bool
 ) -> Iterator[_Match]:
-    """Pair rows with pictures; the names of those without go into `found.missing`."""
+    """Pair rows with pictures.
+
+    Names of rows without pictures go into `found.missing`; if `rows` are the `whole` store, names of pictures without
+    rows into `found.added`.
+    """
     entries = _entries(store, rows)
     if isinstance(source, StreamedSource):
         wanted = {entry.key: entry for entry in entries}
         for row in source.rows():
             if (entry := wanted.pop(row.key, None)) is not None:
                 yield replace(entry, picture=row)
-            if not wanted:
+            elif whole:
+                found.added.append(row.key)
+            if not (wanted or whole):
                 return
         found.missing += wanted
         return
     place: dict[str, int] | None = None
+    met = np.zeros(len(source.reader), bool)
     for entry in entries:
         key, at = entry.key, entry.number
         if at >= len(source.reader) or source.reader.key(at) != key:  # pictures came or went before it
@@ -171,8 +182,19 @@ def _matches(
                 found.missing.append(key)
                 continue
             at = place[key]
+        met[at] = True
         (picture,) = rows_of(source.reader, source.labels, [at])
         yield replace(entry, picture=picture)
+    if whole:
+        found.added += (source.reader.key(row) for row in np.flatnonzero(~met).tolist())
+
+
+def _without_skipped(store: LatentStore, added: list[str]) -> list[str]:
+    """Leave out the pictures that could not be read when the store was made."""
+    skipped = {entry["picture"] for entry in read_report(store)[0]}
+    added = [key for key in added if key not in skipped]
+    # Without its report a store tells only how many were skipped.
+    return added if len(added) > store.manifest.skipped - len(skipped) else []
 
 
 def _entries(store: LatentStore, rows: np.ndarray) -> Iterator[_Match]:

@@ -8,7 +8,7 @@ import torch
 
 from ...util.errors import UserError
 from ..codec import PixelCodec, VAECodec, to_uint8
-from ..dataset import default_device
+from ..encoding_job import default_device
 from ..latents import LatentStore
 from ..vae import load_vae, vae_sha256
 

@@ -69,7 +69,7 @@ def inspect_store(
             lambda chosen: [tile(picture, size) for picture in decode_rows(store, decoder, chosen)],
         )
     counts = store.class_counts()
-    skipped, passed_over = _report(store)
+    skipped, passed_over = read_report(store)
     facts = {
         "kind": manifest.kind,
         "source": store.source,
@@ -149,8 +149,12 @@ def _duplicates(store: LatentStore, told: Callable[[int, int | None, int], None]
     return duplicate_facts(groups, lambda row: store.column("key", [row])[0], store.labels, store.class_names)
 
 
-def _report(store: LatentStore) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The skipped pictures and the files passed over, of the report that lies in the store."""
+def read_report(store: LatentStore) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The skipped pictures and the files passed over, of the report in the store; without a report, none.
+
+    Raises:
+        UserError: the report is damaged.
+    """
     try:
         report = json.loads(open_files(store.location, 1).read(REPORT))
         return report["skipped"], report.get("passed_over", [])

@@ -7,6 +7,7 @@ caching are the same for all.
 - `base`      what a source is
 - `find`      the one entry
 - `labels`    the rule by which labels become classes
+- `options`   what messages call the options
 - `listing`   what lies below a folder
 - `storage`   where files lie: a local folder, or a URL
 - `folder`    a folder per class, or all pictures in one folder

@@ -17,6 +17,7 @@ from .base import PackedNames, Problem, Source, split_of, stable_key
 from .folder import arrange, pick_split, wrapper
 from .labels import labels_from_text, read_labels
 from .listing import Listing, list_names
+from .options import SPLIT
 from .storage import Storage, scan
 
 _NOTE_BYTES = 1 << 24  # a label or a description of one picture is never longer
@@ -92,7 +93,9 @@ def open_tars(
     where = storage.full(shards[0] if len(shards) == 1 else "")
     if index.notes:
         if split is not None:
-            raise UserError(f"{where!r} has no split {split!r}: its samples are not split; leave the split out")
+            raise UserError(
+                f"{where!r} has no split {split!r}: its samples are not split; leave the split ({SPLIT}) out"
+            )
         members, labels, class_names = _samples(index, where, label_column)
     else:
         members, labels, class_names = _packed_tree(index, where, split)

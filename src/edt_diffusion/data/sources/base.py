@@ -1,7 +1,7 @@
 """What a source is: pictures still encoded, labels, and what was passed over on the way."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Protocol, overload
 
 import numpy as np
@@ -136,3 +136,33 @@ class PackedNames(Sequence[str]):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]  # the rules of negative and wrong indices
         return self._text[self._ends[at] : self._ends[at + 1]].decode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class SubsetReader:
+    """Some rows of a reader."""
+
+    reader: Reader
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, row: int) -> BinaryIO:
+        return self.reader.open(int(self.rows[row]))
+
+    def name(self, row: int) -> str:
+        return self.reader.name(int(self.rows[row]))
+
+    def key(self, row: int) -> str:
+        return self.reader.key(int(self.rows[row]))
+
+
+def limited(source: Source, limit: int | None) -> Source:
+    """At most `limit` pictures of a source, evenly spaced, so that every class keeps its share."""
+    total = len(source.reader)
+    if limit is None or limit >= total:
+        return source
+    rows = np.arange(limit) * total // limit
+    labels = None if source.labels is None else source.labels[rows]
+    return replace(source, reader=SubsetReader(source.reader, rows), labels=labels)

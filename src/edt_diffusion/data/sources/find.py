@@ -16,6 +16,7 @@ from .folder import open_tree, pick_split, wrapper
 from .hub import is_saved, looks_like_hub_name, open_hub, open_saved, stream_files
 from .listing import Listing
 from .metadata import METADATA_FILES, open_metadata
+from .options import SPLIT
 from .storage import LocalFolder, RemoteFolder, Storage, file_system, is_pattern, local_path, match_files, read_whole
 from .table_files import TABLE_EXTENSIONS, open_tables, pick_files, split_of_file
 
@@ -51,7 +52,8 @@ def find_source(
             `./digits`).
         image_column: the column of tables that holds the encoded pictures.
         label_column: the column of tables and metadata, or the entry of WebDataset's `.json`, that holds the labels
-            (integers, class labels or strings); None reads no labels there.
+            (integers, class labels or strings); None reads no labels there. A table of nothing but pictures is
+            unlabelled unless another column than "label" is asked for.
         split: which split, where folders, files or datasets are split ("train", "validation", "test"); of the hub it
             is "train" unless given.
         streaming: read datasets of the hub, and tables behind a URL, row by row instead of copying them. Everything
@@ -67,7 +69,9 @@ def find_source(
     options = _Options(image_column, label_column, split, streaming)
     if name in BUILT_IN:
         if split is not None:
-            raise UserError(f"{name!r} has no split {split!r}: a built-in set is not split; leave the split out")
+            raise UserError(
+                f"{name!r} has no split {split!r}: a built-in set is not split; leave the split ({SPLIT}) out"
+            )
         return BUILT_IN[name]()
     if not name:
         raise UserError(f"the path of the pictures is empty: expected {_EXPECTED}")

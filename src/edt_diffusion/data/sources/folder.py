@@ -8,6 +8,7 @@ from ...util.errors import UserError
 from ..picture import picture_extensions
 from .base import EMPTY_CLASS, Problem, Source, split_of, stable_key
 from .listing import Listing
+from .options import SPLIT
 from .storage import Files, Storage
 
 
@@ -94,7 +95,7 @@ def pick_split(folders: list[str], split: str | None, where: str, *, inside: boo
         raise UserError(
             f"{where!r} holds the folders of a split set ({', '.join(folders)}), not of classes: "
             + ("" if inside else f"give one of them (did you mean {_join(where, first)!r}?) or ")
-            + f"name the split ({first!r}, for one)"
+            + f"name the split, {first!r} for one ({SPLIT})"
         )
     same = [folder for folder in folders if folder == split] or [
         folder for folder in folders if are_splits and split_of(folder) == split_of(split) is not None
@@ -102,7 +103,8 @@ def pick_split(folders: list[str], split: str | None, where: str, *, inside: boo
     if len(same) == 1 and are_splits:
         return same[0]
     have = f"it has {', '.join(folders)}" if are_splits else "it has no folders or files named after splits"
-    raise UserError(f"{where!r} has no split {split!r}: {have}; name one of them, or leave the split out")
+    remedy = "name one of them" if are_splits else "leave the split out"
+    raise UserError(f"{where!r} has no split {split!r}: {have}; {remedy} ({SPLIT})")
 
 
 def _join(where: str, inner: str) -> str:

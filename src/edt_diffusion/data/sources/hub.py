@@ -10,9 +10,10 @@ from ...util.errors import UserError
 from ..picture import decoding_error
 from .base import Row, Source, StreamedSource, stable_key
 from .listing import require_regular_file
+from .options import NO_LABELS, SPLIT
 from .storage import Storage, read_whole
 from .table_files import kind_of_files
-from .tables import reading, require_columns, source_of_table
+from .tables import labels_in, reading, require_columns, source_of_table
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -42,7 +43,9 @@ def open_saved(storage: Storage, *, image_column: str, label_column: str | None,
             chosen = splits[0] if split is None and len(splits) == 1 else _choose(splits, split, where)
             return open_saved(storage.below(chosen), image_column=image_column, label_column=label_column, split=None)
         if split is not None:
-            raise UserError(f"{where!r} has no split {split!r}: it was saved without splits; leave the split out")
+            raise UserError(
+                f"{where!r} has no split {split!r}: it was saved without splits; leave the split ({SPLIT}) out"
+            )
         found = datasets.load_from_disk(where)
     # `save_to_disk` puts every picture's bytes into the folder: a path in it would be somebody's trick.
     return _of_dataset(found, f"saved dataset {where!r}", where, image_column, label_column, follow_paths=False)
@@ -51,13 +54,14 @@ def open_saved(storage: Storage, *, image_column: str, label_column: str | None,
 def _choose(splits: list[str], split: str | None, where: str) -> str:
     if split is None or split not in splits:
         given = "holds several splits" if split is None else f"has no split {split!r}"
-        raise UserError(f"{where!r} {given}: it has {', '.join(splits)}; name one of them")
+        raise UserError(f"{where!r} {given}: it has {', '.join(splits)}; name one of them ({SPLIT})")
     return split
 
 
 def _of_dataset(
     found: Any, description: str, origin: str, image_column: str, label_column: str | None, *, follow_paths: bool
 ) -> Source:
+    label_column = labels_in([found.column_names], image_column, label_column)
     require_columns(found.column_names, image_column, label_column, origin)
     if found._indices is not None:  # a selection of rows of the table below it
         found = found.flatten_indices()
@@ -145,12 +149,13 @@ def stream_of(
 
     if found.features is None:
         found = found._resolve_features()
+    label_column = labels_in([found.features], image_column, label_column)
     wanted = require_columns(list(found.features), image_column, label_column, origin)
     class_names = None if label_column is None else getattr(found.features[label_column], "names", None)
     if label_column is not None and class_names is None:
         raise UserError(
             f"column {label_column!r} of {origin!r} does not name its classes, and a stream's must be known at its "
-            "start: read it without streaming, or set data.label_column=null"
+            f"start: read it without streaming, or set {NO_LABELS}"
         )
     splits = found.info.splits or {}
     length = getattr(splits.get(str(found.split)), "num_examples", None) or None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...util.errors import UserError
+from .options import NO_LABELS
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 
@@ -51,7 +52,7 @@ def read_labels(
     elif lowest < 0 or highest >= len(names):
         raise UserError(
             f"{origin} holds labels from {lowest} to {highest}: labels out of range, expected 0 to "
-            f"{len(names) - 1} for its {len(names)} classes; correct the rows, or set data.label_column=null"
+            f"{len(names) - 1} for its {len(names)} classes; correct the rows, or set {NO_LABELS}"
         )
     return np.array(values, dtype=np.int64), list(names)
 

@@ -12,6 +12,7 @@ from ...util.lookup import nearest
 from .base import Source, stable_key
 from .labels import labels_from_text, read_labels
 from .listing import Listing
+from .options import LABEL_COLUMN, NO_LABEL_COLUMN
 from .storage import Files, Storage, read_whole
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -56,8 +57,8 @@ def open_metadata(storage: Storage, listing: Listing, file: str, label_column: s
     if label_column is not None and label_column not in columns:
         guess = nearest(label_column, columns)
         raise UserError(
-            f"{origin!r} has no column {label_column!r}: it has {', '.join(columns)}; set data.label_column to one of "
-            "them (or null to read no labels)" + (f" (did you mean {guess!r}?)" if guess else "")
+            f"{origin!r} has no column {label_column!r}: it has {', '.join(columns)}; set {LABEL_COLUMN} to one of "
+            f"them, or {NO_LABEL_COLUMN}" + (f" (did you mean {guess!r}?)" if guess else "")
         )
     files = [_normal(row.get(_FILE_COLUMN), number, origin) for number, row in enumerate(rows)]
     reader = _ListedFiles(storage, files)

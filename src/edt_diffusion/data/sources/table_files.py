@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from ...util.errors import UserError
 from ..picture import decoding_error
 from .base import Source, split_of
+from .options import SPLIT
 from .storage import LocalFolder, Storage, read_whole, scan
-from .tables import reading, require_columns, source_of_table
+from .tables import labels_in, reading, require_columns, source_of_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,13 +39,15 @@ def pick_files(files: list[str], split: str | None, where: str) -> list[str]:
         if len(of_split.keys() - {None}) > 1:  # mixing them would spoil both
             raise UserError(
                 f"{where!r} holds files of several splits ({files[0]} to {files[-1]}): "
-                "expected those of one; name the split, or give one file or a folder with one split"
+                f"expected those of one; name the split ({SPLIT}), or give one file or a folder with one split"
             )
         return files
     chosen = of_split.get(split_of(split) or split)
     if not chosen:
         have = ", ".join(sorted(filter(None, of_split))) or "no files named after splits"
-        raise UserError(f"{where!r} has no split {split!r}: it has {have}; name one of them, or leave the split out")
+        raise UserError(
+            f"{where!r} has no split {split!r}: it has {have}; name one of them, or leave the split out ({SPLIT})"
+        )
     return chosen
 
 
@@ -60,7 +63,7 @@ def open_tables(storage: Storage, files: list[str], *, image_column: str, label_
         import datasets
 
         load = _load_parquet if kind == "Parquet" else _load_arrow
-        table, schema, parts = load(storage, files, image_column, label_column)
+        table, schema, parts, label_column = load(storage, files, image_column, label_column)
         return source_of_table(
             table,
             datasets.Features.from_arrow_schema(schema),
@@ -102,14 +105,15 @@ def _no_glob(file: str) -> str:
     return re.sub(r"[*?[]", r"[\g<0>]", file)
 
 
-_Loaded = tuple[Any, "pyarrow.Schema", list[tuple[str, int]]]  # a table, its schema, name and rows of its parts
+# A table, its schema, name and rows of its parts, the column of its labels.
+_Loaded = tuple[Any, "pyarrow.Schema", list[tuple[str, int]], str | None]
 
 
 def _load_parquet(storage: Storage, files: list[str], image_column: str, label_column: str | None) -> _Loaded:
     import pyarrow
     import pyarrow.parquet
 
-    schema, parts, wanted = None, [], []
+    schema, parts, columns = None, [], []
     for file in files:
         full = storage.full(file)
         try:
@@ -119,11 +123,12 @@ def _load_parquet(storage: Storage, files: list[str], image_column: str, label_c
             raise UserError(f"{full!r} cannot be read as Parquet: {decoding_error(error)}") from error
         own_schema = footer.schema.to_arrow_schema()
         schema = schema or own_schema
-        wanted = require_columns(own_schema.names, image_column, label_column, full)
+        columns.append(own_schema.names)
         parts.append((file, footer.num_rows))
     assert schema is not None
+    label_column, wanted = _columns_of(storage, files, columns, image_column, label_column)
     if sum(storage.size(file) for file in files) > _IN_MEMORY_BYTES:
-        return build([storage.full(file) for file in files], "Parquet", wanted), schema, parts
+        return build([storage.full(file) for file in files], "Parquet", wanted), schema, parts, label_column
     tables = []
     for file in files:
         with scan(storage, file) as stream:
@@ -131,7 +136,18 @@ def _load_parquet(storage: Storage, files: list[str], image_column: str, label_c
             kept = pyarrow.schema([opened.schema_arrow.field(column) for column in wanted])
             # In small batches: Arrow cannot hold more than 2 GiB of pictures in one piece.
             tables.append(pyarrow.Table.from_batches(list(opened.iter_batches(256, columns=wanted)), kept))
-    return pyarrow.concat_tables(tables), schema, parts
+    return pyarrow.concat_tables(tables), schema, parts, label_column
+
+
+def _columns_of(
+    storage: Storage, files: list[str], columns: list[list[str]], image_column: str, label_column: str | None
+) -> tuple[str | None, list[str]]:
+    """The column of the labels, and all columns to read, which every file must have."""
+    label_column = labels_in(columns, image_column, label_column)
+    wanted: list[str] = []
+    for file, own in zip(files, columns, strict=True):
+        wanted = require_columns(own, image_column, label_column, storage.full(file))
+    return label_column, wanted
 
 
 def _load_arrow(storage: Storage, files: list[str], image_column: str, label_column: str | None) -> _Loaded:
@@ -141,18 +157,21 @@ def _load_arrow(storage: Storage, files: list[str], image_column: str, label_col
         contents = [read_whole(storage, file) for file in files]
     else:
         table = build([storage.full(file) for file in files], "Arrow", [])
+        label_column = labels_in([table.column_names], image_column, label_column)
         require_columns(table.column_names, image_column, label_column, storage.full(""))
-        return table, table.schema, []
-    parts, wanted = [], []
+        return table, table.schema, [], label_column
+    parts, columns = [], []
     schema = None
     for file, content in zip(files, contents, strict=True):
         full = storage.full(file)
         with reading(full, "Arrow"):
             table = _arrow_table(content)
         schema = schema or table.schema
-        wanted = require_columns(table.column_names, image_column, label_column, full)
+        columns.append(table.column_names)
         parts.append((file, table.num_rows))
-    return ArrowFiles(contents, wanted), schema, parts
+    assert schema is not None
+    label_column, wanted = _columns_of(storage, files, columns, image_column, label_column)
+    return ArrowFiles(contents, wanted), schema, parts, label_column
 
 
 class ArrowFiles:

@@ -6,7 +6,7 @@ alone or, as the Image feature of `datasets` keeps them, in a struct beside thei
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -17,9 +17,13 @@ from ..picture import decoding_error
 from .base import Source, stable_key
 from .labels import read_labels
 from .listing import require_regular_file
+from .options import IMAGE_COLUMN, LABEL_COLUMN, NO_LABEL_COLUMN
 
 if TYPE_CHECKING:
     import pyarrow
+
+# The column that labels are looked for in unless another is named.
+DEFAULT_LABEL_COLUMN = "label"
 
 
 class TableRows:
@@ -95,9 +99,21 @@ def _picture_columns(
     if not (pyarrow.types.is_binary(encoded.type) or pyarrow.types.is_large_binary(encoded.type)):
         raise UserError(
             f"column {column!r} of {origin!r} holds {encoded.type}: expected encoded pictures (bytes); "
-            "set data.image_column to the column that holds them"
+            f"set {IMAGE_COLUMN} to the column that holds them"
         )
     return encoded, paths
+
+
+def labels_in(tables: Iterable[Iterable[str]], image_column: str, label_column: str | None) -> str | None:
+    """The column of the labels; None for tables of pictures and nothing else, unless labels were asked for by name.
+
+    Args:
+        tables: the columns of each table that the source consists of.
+        image_column: the column of the pictures.
+        label_column: the column asked for, or None.
+    """
+    alone = label_column == DEFAULT_LABEL_COLUMN and all(set(columns) == {image_column} for columns in tables)
+    return None if alone and label_column != image_column else label_column
 
 
 def require_columns(columns: list[str], image_column: str, label_column: str | None, origin: str) -> list[str]:
@@ -109,12 +125,13 @@ def require_columns(columns: list[str], image_column: str, label_column: str | N
     wanted = [image_column] if label_column is None else [image_column, label_column]
     for column in wanted:
         if column not in columns:
-            which = "image" if column == image_column else "label"
-            remedy = " (or null to read no labels)" if which == "label" else ""
+            option, remedy = IMAGE_COLUMN, ""
+            if column != image_column:
+                option, remedy = LABEL_COLUMN, f", or {NO_LABEL_COLUMN}"
             guess = nearest(column, columns)
             raise UserError(
                 f"{origin!r} has no column {column!r}: it has {', '.join(columns)}; "
-                f"set data.{which}_column to one of them{remedy}" + (f" (did you mean {guess!r}?)" if guess else "")
+                f"set {option} to one of them{remedy}" + (f" (did you mean {guess!r}?)" if guess else "")
             )
     return wanted
 
