@@ -219,6 +219,10 @@ def whole(forks: Forks, tree: Path, vae: Path, tmp_path_factory: pytest.TempPath
 # Killed
 
 
+def count_files(folder: Path) -> int:
+    return len(list(folder.iterdir())) if folder.exists() else 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pixels", "latents", "stream"])
 def test_killed_at_random_moments(
@@ -242,8 +246,12 @@ def test_killed_at_random_moments(
         folders += 1
         code = -signal.SIGKILL
         while code == -signal.SIGKILL:
+            wanted_files = count_files(out) + draws.randint(0, 4)
             pid = forks.start(*arguments(out), **options)
-            time.sleep(draws.uniform(0, 0.6 * duration))
+            # By what it has done, and then at any moment: a busy machine must not move all kills to the start.
+            while count_files(out) < wanted_files and not (out / "manifest.json").exists():
+                time.sleep(0.001)
+            time.sleep(draws.uniform(0, 0.1 * duration))
             os.kill(pid, signal.SIGKILL)
             code = forks.wait(pid)
             assert code in (0, -signal.SIGKILL), forks.said()
