@@ -15,7 +15,7 @@ from stores import contents, make_pictures, make_store
 
 from edt_diffusion.data import shard_files, shards
 from edt_diffusion.data.latents import LatentStore
-from edt_diffusion.data.shard_files import IntegrityCheck, cache_folder, check_shard, is_store, open_files
+from edt_diffusion.data.shard_files import IntegrityCheck, LocalShards, cache_folder, check_shard, is_store, open_files
 from edt_diffusion.data.shards import Shard, ShardRows, write_shard
 from edt_diffusion.util.errors import UserError
 
@@ -380,3 +380,9 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/somewhere")
     monkeypatch.setenv("EDT_CACHE", "")
     assert cache_folder() == Path.home() / ".cache" / "edt-diffusion"
+
+
+def test_a_file_url_is_read_in_place(tmp_path: Path) -> None:
+    files = open_files(f"file://{tmp_path}", keep=1)
+    assert isinstance(files, LocalShards)
+    assert files.folder == tmp_path
