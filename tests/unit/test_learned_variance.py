@@ -8,6 +8,7 @@ from torch.distributions import Normal, kl_divergence
 from edt_diffusion.models.masking import TokenMasks
 from edt_diffusion.nn.noise_schedule import NoiseSchedule
 from edt_diffusion.objectives import LearnedVarianceObjective
+from edt_diffusion.objectives.config import ObjectiveConfig, build_objective
 
 
 def sample(t: list[int], seed: int = 0, channels: int = 3) -> dict[str, torch.Tensor]:
@@ -88,6 +89,45 @@ def test_vb_is_the_kl_of_two_gaussians():
     model = Normal(column["c1"] * predicted_x0 + column["c2"] * x_t, deviation)
     expected = kl_divergence(true, model).mean(dim=(1, 2, 3)) / math.log(2)
     torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=0)
+
+
+def test_the_plain_loss_of_dit_is_a_setting():
+    """Error of the noise plus the bound, at timesteps that are uniform and not weighted, in one pass without masks."""
+    train = build_objective(
+        ObjectiveConfig(loss_weighting="none", timesteps="uniform", passes="full"), learn_sigma=True
+    )
+    calls = []
+
+    class Model(torch.nn.Module):
+        null_label = 10
+
+        def forward(self, **inputs):
+            calls.append(inputs)
+            generator = torch.Generator().manual_seed(1)
+            return (torch.randn(6, 6, 4, 4, generator=generator),)
+
+    x0 = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    got = train(Model(), x0, torch.arange(6), seed=3, step=5, positions=range(6))
+    (call,) = calls
+    assert call["token_masks"] is None
+    t = got.t
+    assert (t > 0).all()  # at 0 the bound is another term
+    assert torch.equal(call["timestep"], t)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    level = torch.cumprod(1 - beta, 0)
+    a, before, beta = (values.view(-1, 1, 1, 1) for values in (level[t], level[t - 1], beta[t]))
+    x_t = call["hidden_states"].double()
+    noise = (x_t - a.sqrt() * x0) / (1 - a).sqrt()
+    predicted, v = Model()()[0].double().split(3, dim=1)
+    # arXiv 2006.11239, equations 7 and 11; arXiv 2102.09672, equation 15
+    variance = beta * (1 - before) / (1 - a)
+    true_mean = before.sqrt() * beta / (1 - a) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - a) * x_t
+    mean = (x_t - beta / (1 - a).sqrt() * predicted) / (1 - beta).sqrt()
+    deviation = torch.exp(0.5 * ((v + 1) / 2 * beta.log() + (1 - v) / 2 * variance.log()))
+    bound = kl_divergence(Normal(true_mean, variance.sqrt().expand_as(mean)), Normal(mean, deviation)) / math.log(2)
+    expected = (noise - predicted).square().mean() + bound.mean()
+    assert got.total.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert got.metrics["mse_full"].item() == pytest.approx((noise - predicted).square().mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("v", [-1.0, 0.0, 1.0])

@@ -19,6 +19,8 @@ from PIL import Image
 from edt_diffusion.data.images import ImageDataset, open_images
 from edt_diffusion.data.loader import Batch, Place, Places, StepBatchSampler, TrainingSamples, training_loader
 from edt_diffusion.data.order import BalancedShuffle, BucketedOrder, GlobalShuffle, Order, ShardShuffle
+from edt_diffusion.models.masking import MaskPlan
+from edt_diffusion.objectives import LearnedVarianceObjective, MaskedTraining, UniformTimesteps
 from edt_diffusion.util.errors import UserError
 
 SEED = 11
@@ -178,6 +180,7 @@ def test_places() -> None:
     np.testing.assert_array_equal(Places.of(single).epochs, [0, 0, 1, 1, 1, 1, 1, 1])
     assert Places.of(places) is places
     assert len(Places.of([])) == 0
+    assert (places.step, places[2:5].step, Places.of(single).step) == (1, 1, None)
 
 
 def test_sampler_errors() -> None:
@@ -263,6 +266,44 @@ def test_workers_and_resuming_change_nothing_in_any_order(name: str) -> None:
         assert (os.getpid() in pids) == (workers == 0)
 
 
+def told(step: int, positions: list[int]) -> dict[str, object]:
+    return {"step": step, "positions": positions, "pid": os.getpid(), "noise": torch.full((2,), float(step))}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_draws_are_made_where_the_batch_is_made(workers: int) -> None:
+    loader = training_loader(
+        Latents(19), seed=SEED, global_batch=8, rank=1, world_size=2, micro_batches=2, start_step=5, workers=workers,
+        draw=told,
+    )  # fmt: skip
+    for number, batch in enumerate(take(loader, 8)):
+        draws = batch["draws"]
+        assert draws["step"] == 5 + number // 2
+        assert draws["positions"] == batch["positions"] == [[4, 5], [6, 7]][number % 2]
+        assert draws["pid"] == int(batch["inputs"][0, 4, 0, 0])
+        assert (draws["pid"] == os.getpid()) == (workers == 0)
+        assert draws["noise"].tolist() == [5.0 + number // 2] * 2
+    assert "draws" not in next(training_loader(Latents(19), seed=SEED, global_batch=8))
+
+
+def test_the_draws_of_a_training_step_come_with_the_batch() -> None:
+    """In spawned workers too, which get all they need pickled."""
+    drawer = MaskedTraining(LearnedVarianceObjective(), UniformTimesteps(1000), MaskPlan()).drawer(
+        3, (4, 8, 8), ((4, 4), (2, 2)), conditional=True
+    )
+    batches = take(training_loader(Latents(19), seed=3, global_batch=4, start_step=2, workers=1, draw=drawer), 2)
+    for step, batch in enumerate(batches, start=2):
+        expected = drawer(step, [0, 1, 2, 3])
+        assert torch.equal(batch["draws"].u, expected.u)
+        for got, own in zip(batch["draws"].passes, expected.passes, strict=True):
+            assert torch.equal(got.noise, own.noise)
+            assert torch.equal(got.dropped, own.dropped)
+        assert torch.equal(batch["draws"].passes[1].masks.down[0], expected.passes[1].masks.down[0])
+    samples = pickle.loads(pickle.dumps(TrainingSamples(Latents(19), seed=3, draw=drawer)))
+    sampler = sampler_of(19, global_batch=4, start_step=2)
+    assert torch.equal(samples.__getitems__(sampler.places(2))["draws"].u, drawer(2, [0, 1, 2, 3]).u)
+
+
 def test_ranks_of_a_loader() -> None:
     data = Latents(19)
     whole = take(training_loader(data, seed=SEED, global_batch=8), 6)
@@ -319,8 +360,8 @@ def test_workers_outlive_stop_signals() -> None:
     assert len(set(pids)) == 2
     for _ in range(3):
         for pid in pids:
-            os.kill(pid, signal.SIGINT)
-            os.kill(pid, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                os.kill(pid, number)
         time.sleep(0.1)
         assert set(worker_ids(batches, 10)) == set(pids)
     batches.close()

@@ -1,9 +1,13 @@
+import hashlib
+import pickle
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import nn
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from edt_diffusion.models.masking import MaskPlan
 from edt_diffusion.objectives import (
@@ -259,3 +263,156 @@ def test_bad_batches():
         training()(model, x0, labels, **KEY, positions=[0, 1])
     training(label_dropout=0.0)(model, x0, labels, **KEY, positions=[0, 1])
     assert torch.equal(model.calls[-1]["labels"], labels)
+
+
+# ---- the draws in two halves ----
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
+
+
+def test_bits_of_the_draws():
+    """A run that was begun with an older version must go on with the same numbers."""
+    train = training(mask_plan=MaskPlan(stage0=(0.15, 0.25)), label_dropout=0.5)
+    draws = draw(train, [0, 5, 250], torch.tensor([1, 2, 3]))
+    full, masked = draws.passes
+    assert draws.t.tolist() == [771, 896, 601]
+    assert (full.labels.tolist(), masked.labels.tolist()) == ([10, 2, 10], [1, 10, 3])
+    assert (digest(full.noise), digest(masked.noise)) == ("913e8824d4ff50a6", "0278bdbe115c3bc5")
+    assert digest(*masked.masks.down, masked.masks.stage0) == "4e884a2168ac5121"
+
+
+def spread_history(train: MaskedTraining) -> None:
+    t = np.tile(np.arange(1000), 10)
+    train.timesteps.update(t, np.exp(-t / 200.0))
+
+
+def test_host_draws_are_finished_with_the_present_history():
+    train = training(timesteps=LossSecondMomentTimesteps(1000), label_dropout=0.5)
+    labels = batch(8)[1]
+    host = train.host_draws(7, 3, range(8), (3, 8, 8), GRIDS, conditional=True)
+    assert len(host) == 8
+    before = train.finish(host, labels, 10)
+    for one, other in zip(flat(before), flat(draw(train, range(8), labels)), strict=True):
+        assert torch.equal(one, other)
+    spread_history(train)
+    after = train.finish(host, labels, 10)
+    for one, other in zip(flat(after), flat(draw(train, range(8), labels)), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(after.t, before.t)
+    assert torch.equal(after.passes[1].noise, before.passes[1].noise)
+
+
+def test_a_step_takes_draws_made_before():
+    train, model = training(label_dropout=0.5), Stub()
+    x0, labels = batch(8)
+    drawer = pickle.loads(pickle.dumps(train.drawer(7, (3, 8, 8), GRIDS, conditional=True)))
+    host = pickle.loads(pickle.dumps(drawer(3, list(range(8)))))
+    given = train(model, x0, labels, **KEY, positions=range(8), draws=host)
+    assert torch.equal(given.total, train(model, x0, labels, **KEY, positions=range(8)).total)
+    other = train(model, x0, labels, **KEY, positions=range(8), draws=drawer(4, list(range(8))))
+    assert not torch.equal(given.total, other.total)  # they are what counts
+
+
+def test_draws_that_do_not_fit_are_refused():
+    train, model = training(), Stub()
+    x0, labels = batch(4)
+
+    def step(*arguments, conditional=True):
+        host = train.host_draws(7, 3, *arguments, GRIDS, conditional)
+        return train(model, x0, labels, **KEY, positions=range(4), draws=host)
+
+    with pytest.raises(ValueError, match=r"draws are for latents of shape \(3, 3, 8, 8\), not \(4, 3, 8, 8\)"):
+        step(range(3), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"draws are for latents of shape \(4, 3, 4, 4\)"):
+        step(range(4), (3, 4, 4))
+    with pytest.raises(ValueError, match="conditional=True"):
+        step(range(4), (3, 8, 8), conditional=False)
+
+
+def test_draws_are_pinned_whole(monkeypatch):
+    """`DataLoader` calls `pin_memory` of what it does not know; there is no page-locked memory without a device."""
+    pinned = []
+
+    def pin(tensor, device=None):
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    train = training(mask_plan=MaskPlan(stage0=(0.15, 0.25)))
+    host = train.host_draws(7, 3, range(4), (3, 8, 8), GRIDS, conditional=True)
+    got = pin_memory({"draws": host})["draws"]
+    full, masked = host.passes
+    expected = [full.noise, full.dropped, masked.noise, masked.dropped, *masked.masks.down, masked.masks.stage0]
+    assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in expected}
+    assert got.passes[0].noise is not full.noise
+    labels = batch(4)[1]
+    for one, other in zip(flat(train.finish(got, labels, 10)), flat(train.finish(host, labels, 10)), strict=True):
+        assert torch.equal(one, other)
+
+
+# ---- both passes as one batch ----
+
+
+def gradients(model, train, x0, labels) -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    got = train(model, x0, labels, **KEY, positions=range(len(x0)))
+    got.total.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), got
+
+
+@pytest.mark.parametrize("stage0", [None, (0.15, 0.25)])
+@pytest.mark.parametrize("num_classes", [5, None])
+def test_one_doubled_batch_or_two_passes(stage0, num_classes):
+    model = tiny_model(num_classes=num_classes).train()
+    x0 = batch(4)[0]
+    labels = None if num_classes is None else torch.tensor([0, 4, 2, 1])
+    timesteps = LossSecondMomentTimesteps(1000)
+    train = training(mask_plan=MaskPlan(((0.4, 0.5),), stage0), timesteps=timesteps, label_dropout=0.5)
+    spread_history(train)
+    calls = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    expected, two = gradients(model, train, x0, labels)
+    assert len(calls) == 2
+    calls.clear()
+    train.joint = True
+    got, one = gradients(model, train, x0, labels)
+    (call,) = calls
+    assert call["hidden_states"].shape[0] == 8
+    masks = call["token_masks"]
+    kept = [*masks.down, *([] if masks.stage0 is None else [masks.stage0])]
+    assert len(kept) == (1 if stage0 is None else 2)
+    assert all(mask[:4].all() and not mask[4:].all() for mask in kept)
+    assert float((got - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    torch.testing.assert_close(one.total, two.total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(one.sampler_loss, two.sampler_loss, rtol=2e-6, atol=0)
+    assert torch.equal(one.t, two.t)
+    assert one.metrics.keys() == two.metrics.keys()
+    for name, value in two.metrics.items():
+        torch.testing.assert_close(one.metrics[name], value, rtol=2e-6, atol=0)
+    for name, value in two.pass_losses.items():
+        torch.testing.assert_close(one.pass_losses[name], value, rtol=2e-6, atol=0)
+    assert float((two.pass_losses["full"] - two.pass_losses["masked"]).abs().min()) > 1e-4  # not twice the same
+
+
+def test_a_single_pass_is_not_doubled():
+    model = Stub()
+    train = training(passes="full", mask_plan=None, joint=True)
+    train(model, *batch(2), **KEY, positions=[0, 1])
+    assert len(model.calls) == 1
+    assert model.calls[0]["masks"] is None
+    assert len(model.calls[0]["labels"]) == 2
+
+
+def test_losses_by_sample_and_where_in_the_process():
+    timesteps = LossSecondMomentTimesteps(4, history=1, uniform_prob=0.0)
+    timesteps.update([0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0])
+    got = training(objective=KnownLosses(), timesteps=timesteps)(Stub(), *batch(6), **KEY, positions=range(6))
+    t = got.t.tolist()
+    assert {name: values.tolist() for name, values in got.pass_losses.items()} == {
+        "full": [step + 1.0 for step in t],
+        "masked": [10.0 * (step + 1) for step in t],
+    }
+    assert got.t_share.tolist() == [step / 4 for step in t]
+    assert not any(values.requires_grad for values in got.pass_losses.values())

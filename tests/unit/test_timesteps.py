@@ -75,6 +75,51 @@ def test_non_finite_losses_are_ignored_and_counted():
     assert clean.weights()[0] != 1.0
 
 
+def remembering(count: int = 50, history: int = 10) -> LossSecondMomentTimesteps:
+    sampler = LossSecondMomentTimesteps(count, history=history)
+    rng = np.random.default_rng(0)
+    sampler.update(np.tile(np.arange(count), history), rng.exponential(size=count * history) + 0.1)
+    return sampler
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30, 3e38])
+def test_one_poisoned_loss_leaves_every_probability_as_it_was(poison):
+    sampler = remembering()
+    before = sampler.weights()
+    assert before.std() > 0
+    sampler.update([7], [poison])
+    np.testing.assert_array_equal(sampler.weights(), before)
+    sampler.update([7, 8, 9], [0.5, poison, 0.6])  # neighbours in the batch are learned from
+    assert sampler.rejected == 2
+    clean = remembering()
+    clean.update([7, 9], [0.5, 0.6])
+    np.testing.assert_array_equal(sampler.weights(), clean.weights())
+
+
+def test_what_an_outlier_is():
+    """More than 1000 times the mean of at least 100 remembered losses."""
+    sampler = LossSecondMomentTimesteps(20, history=10)
+    sampler.update(np.arange(99) % 20, np.full(99, 2.0))
+    sampler.update([0], [1e6])  # only 99 are remembered: nobody knows what is usual
+    assert sampler.rejected == 0
+    sampler = LossSecondMomentTimesteps(20, history=10)
+    sampler.update(np.arange(100) % 20, np.full(100, 2.0))
+    sampler.update([0, 1], [1999.0, 2001.0])
+    assert sampler.rejected == 1
+    sampler = LossSecondMomentTimesteps(10, history=10)
+    sampler.update(np.arange(100) % 10, np.zeros(100))
+    sampler.update([0], [1.0])  # of zero, everything is a multiple too large
+    assert sampler.rejected == 0
+
+
+def test_a_loss_that_grows_is_followed():
+    sampler = remembering()
+    for scale in (10.0, 300.0, 9000.0):
+        sampler.update(np.tile(np.arange(50), 10), np.full(500, scale))
+    assert sampler.rejected == 0
+    np.testing.assert_allclose(sampler.weights(), 1 / 50)
+
+
 def test_all_losses_zero_is_uniform():
     sampler = LossSecondMomentTimesteps(3, history=1)
     sampler.update([0, 1, 2], [0.0, 0.0, 0.0])

@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypedDict, overload
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, overload
 
 import numpy as np
 import torch
@@ -61,19 +61,24 @@ class Place(NamedTuple):
 
 
 class Places(Sequence[Place]):
-    """Several places as three int64 arrays of shape (B,): `indices`, `epochs`, `positions`."""
+    """Several places of one step, as three int64 arrays of shape (B,): `indices`, `epochs`, `positions`.
 
-    def __init__(self, indices: np.ndarray, epochs: np.ndarray, positions: np.ndarray) -> None:
+    `step` is None where single places were joined.
+    """
+
+    def __init__(self, indices: np.ndarray, epochs: np.ndarray, positions: np.ndarray, step: int | None = None) -> None:
         self.indices = indices
         self.epochs = epochs
         self.positions = positions
+        self.step = step
 
     @classmethod
     def of(cls, places: Sequence[Place]) -> "Places":
         """Return single places joined."""
         if isinstance(places, cls):
             return places
-        return cls(*np.array(places, dtype=np.int64).reshape(-1, 3).T)
+        indices, epochs, positions = np.array(places, dtype=np.int64).reshape(-1, 3).T
+        return cls(indices, epochs, positions)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -84,7 +89,7 @@ class Places(Sequence[Place]):
     def __getitem__(self, key: slice) -> "Places": ...
     def __getitem__(self, key: int | slice) -> "Place | Places":
         found = self.indices[key], self.epochs[key], self.positions[key]
-        return Places(*found) if isinstance(key, slice) else Place(*map(int, found))
+        return Places(*found, self.step) if isinstance(key, slice) else Place(*map(int, found))
 
 
 class Sample(TypedDict, total=False):
@@ -101,6 +106,7 @@ class Batch(TypedDict):
     inputs: torch.Tensor  # float32 (B, C, H, W): pixels in [-1, 1] or scaled latents
     class_labels: torch.Tensor | None  # int64 (B,)
     positions: list[int]  # places in the global batch, the key of every other draw for these samples
+    draws: NotRequired[Any]  # what `training_loader(draw=...)` gave for the step and the positions
 
 
 class StepBatchSampler(Sampler[Places]):
@@ -176,7 +182,7 @@ class StepBatchSampler(Sampler[Places]):
         """Return this process's share of the global batch of `step`."""
         first = self._rank * self._local_batch
         indices, epochs = self._order.places(step * self._global_batch + first, self._local_batch)
-        return Places(indices, epochs, np.arange(first, first + self._local_batch))
+        return Places(indices, epochs, np.arange(first, first + self._local_batch), step)
 
 
 class TrainingSamples(Dataset[Sample]):
@@ -186,12 +192,21 @@ class TrainingSamples(Dataset[Sample]):
         dataset: the data.
         seed: the run's seed.
         flip: flip left to right at random.
+        draw: see `training_loader`; called for whole `Places` of a step only.
     """
 
-    def __init__(self, dataset: TrainingData, *, seed: int, flip: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: TrainingData,
+        *,
+        seed: int,
+        flip: bool = False,
+        draw: Callable[[int, list[int]], Any] | None = None,
+    ) -> None:
         self._dataset = dataset
         self._seed = seed
         self._flip = flip
+        self._draw = draw
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -208,11 +223,14 @@ class TrainingSamples(Dataset[Sample]):
         """Return the samples of several places as one batch; `DataLoader` calls this instead of `__getitem__`."""
         chosen = Places.of(places)
         labels = self._dataset.labels
-        return Batch(
+        batch = Batch(
             inputs=self._dataset.batch(chosen.indices, chosen.epochs, self._seed, self._flip),
             class_labels=None if labels is None else torch.from_numpy(labels[chosen.indices].astype(np.int64)),
             positions=chosen.positions.tolist(),
         )
+        if self._draw is not None and chosen.step is not None:
+            batch["draws"] = self._draw(chosen.step, batch["positions"])
+        return batch
 
 
 def training_loader(
@@ -228,15 +246,16 @@ def training_loader(
     flip: bool = False,
     workers: int = 0,
     check: Callable[[], None] | None = None,
+    draw: Callable[[int, list[int]], Any] | None = None,
 ) -> Iterator[Batch]:
     """Return the endless iterator of this process's micro-batches from `start_step` on.
 
     `micro_batches` of them make one step. Their content does not depend on `workers`, and resuming at a step gives
     what the uninterrupted run would have had. Do not pass it through `accelerate.prepare`: it shards by itself.
 
-    Nothing is read and no worker is started before the first batch is asked for. Workers take no notice of Ctrl-C or
-    of a scheduler's SIGTERM, so that this process can finish its step and save; they end with the iterator (`close`, or
-    its last reference) or with this process.
+    Nothing is read and no worker is started before the first batch is asked for. Workers take no notice of Ctrl-C, of a
+    closed terminal or of a scheduler's SIGTERM and SIGUSR1, so that this process can finish its step and save; they end
+    with the iterator (`close`, or its last reference) or with this process.
 
     Args:
         dataset: the data.
@@ -250,11 +269,14 @@ def training_loader(
         flip: flip left to right at random.
         workers: loader processes; 0 loads in this process, which is the faster choice for pictures held in memory.
         check: called in this process before each batch is returned; what it raises comes out of the iterator.
+        draw: called with the step and the positions of each batch where the batch is made: in a worker if there are
+            any, hence off the critical path. Must depend on nothing else, and pickle where workers are spawned. Where
+            batches are pinned, the method `pin_memory` of what it gives is called.
 
     Returns:
-        Dictionaries with `inputs` float32 (B, C, H, W), `class_labels` int64 (B,) or None, and `positions`, a list of B
-        places in the global batch. Asking for the next one raises the `UserError` of `dataset.batch`, as it is
-        also where a worker met it, and a `RuntimeError` if a worker was killed.
+        Dictionaries with `inputs` float32 (B, C, H, W), `class_labels` int64 (B,) or None, `positions`, a list of B
+        places in the global batch, and, if `draw` is given, `draws`. Asking for the next one raises the `UserError` of
+        `dataset.batch`, as it is also where a worker met it, and a `RuntimeError` if a worker was killed.
 
     Raises:
         UserError, ValueError: as `StepBatchSampler`, before the first batch is asked for.
@@ -274,7 +296,7 @@ def training_loader(
     # Workers start by the platform's default method. Where that is fork, they share the pictures and label tables that
     # this process holds; elsewhere each gets a copy.
     loader = DataLoader(
-        _Caught(TrainingSamples(dataset, seed=seed, flip=flip)),
+        _Caught(TrainingSamples(dataset, seed=seed, flip=flip, draw=draw)),
         batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
         collate_fn=_as_is,
         num_workers=workers,
@@ -344,9 +366,9 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def _outlive_stop_signals(ending: Any) -> None:
-    """Make a loader worker ignore SIGINT, and SIGTERM until its iterator is `ending`.
+    """Make a loader worker ignore SIGINT, SIGHUP and SIGUSR1, and SIGTERM until its iterator is `ending`.
 
-    Both commonly go to a whole process group (a terminal, `timeout`, torchrun, a scheduler). The training process
+    They commonly go to a whole process group (a terminal, `timeout`, torchrun, a scheduler). The training process
     answers by finishing its step, for which it needs the workers; a dead worker would break off the step. The clean-up
     of `multiprocessing`, which waits for a worker after sending it SIGTERM, comes when `ending` is set.
     """
@@ -355,7 +377,9 @@ def _outlive_stop_signals(ending: Any) -> None:
         if ending.value:
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP and SIGUSR1
+            signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminated)
 
 

@@ -1,113 +1,21 @@
 """EDT's training step: the full input and the masked input, each with noise and label drops of its own.
 
 Both passes see the same latents and timesteps; their losses are added with equal weight and one backward pass follows
-(EDT, arXiv 2410.23788, section 3.3). Any objective can be wrapped. Nothing here consumes a shared random state: every
-draw is keyed by (seed, step, position in the global batch, pass).
+(EDT, arXiv 2410.23788, section 3.3). Any objective can be wrapped. What is drawn is in `draws`.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
-from ..models.masking import MaskPlan, TokenMasks
-from ..util.rng import Purpose, normals, uniforms
-from .learned_variance import LossTerms
+from ..models.masking import MaskPlan
+from .draws import PASSES, HostDrawer, HostDraws, PassDraws, PassName, StepDraws, joined
+from .terms import LossTerms, Objective, StepLoss, is_continuous
 from .timesteps import TimestepSampler
-
-PassName = Literal["full", "masked"]
-
-_PASSES: dict[str, tuple[PassName, ...]] = {
-    "full+masked": ("full", "masked"),
-    "full": ("full",),
-    "masked": ("masked",),
-}
-# The key of a pass's draws. A pass keeps its draws whichever other passes run beside it.
-_PASS_INDEX: dict[PassName, int] = {"full": 0, "masked": 1}
-
-
-class Objective(Protocol):
-    """What can be wrapped: per-sample losses of one forward pass, on steps 0..num_train_timesteps-1."""
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """Number of timesteps that may be drawn."""
-        ...
-
-    def terms(
-        self, model: Any, x0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None, masks: TokenMasks | None = None
-    ) -> LossTerms:
-        """Return the losses of one forward pass, see `LearnedVarianceObjective.terms`."""
-        ...
-
-
-@dataclass(frozen=True)
-class PassDraws:
-    """Random draws of one forward pass.
-
-    Attributes:
-        name: "full" or "masked".
-        noise: standard normal float32 (B, C, H, W).
-        labels: (B,) int64 after label dropping, or None for an unconditional model.
-        masks: token masks, in the masked pass only.
-    """
-
-    name: PassName
-    noise: Tensor
-    labels: Tensor | None
-    masks: TokenMasks | None
-
-    def to(self, device: torch.device) -> "PassDraws":
-        """Return the draws on another device."""
-        return replace(
-            self,
-            noise=self.noise.to(device),
-            labels=None if self.labels is None else self.labels.to(device),
-            masks=None if self.masks is None else self.masks.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class StepDraws:
-    """Random draws of one training step.
-
-    Attributes:
-        t: timesteps (B,) int64, common to all passes.
-        weight: their importance weights (B,) float32.
-        passes: draws of each forward pass, in the order they run.
-    """
-
-    t: Tensor
-    weight: Tensor
-    passes: list[PassDraws]
-
-    def to(self, device: torch.device) -> "StepDraws":
-        """Return the draws on another device."""
-        return StepDraws(self.t.to(device), self.weight.to(device), [draws.to(device) for draws in self.passes])
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """Losses of one training step.
-
-    Attributes:
-        total: scalar to call `backward` on: sum over passes of mean(weight * loss).
-        t: timesteps (B,) int64, for the timestep sampler's update.
-        sampler_loss: detached (B,) float32, sum over passes of the loss *before* importance weighting: what the
-            timestep sampler's update takes.
-        metrics: detached scalars: "loss" (= total) and, for each pass, "loss_full", "mse_full", "mse_plain_full",
-            "vb_full" (or "..._masked"). All are importance-weighted means, so that they estimate the value under
-            uniform timesteps whichever sampler drew them.
-    """
-
-    total: Tensor
-    t: Tensor
-    sampler_loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 class MaskedTraining:
@@ -127,9 +35,12 @@ class MaskedTraining:
         label_dropout: probability that a label is replaced by the null label, in [0, 1]; independent per pass.
         passes: "full+masked" (EDT), "full" (EDT*, the paper's model without masked training), or "masked".
         train_with_amm: leave attention modulation as the model has it set.
+        joint: run both passes as one batch of twice the size, whose full half has masks that hide nothing. Same losses
+            and gradients up to rounding; which is faster depends on the device and the batch. May be set later.
 
     Raises:
-        ValueError: if an argument is outside its range, a masked pass has no plan, or the numbers of timesteps differ.
+        ValueError: if an argument is outside its range, a masked pass has no plan, or the timesteps are not the
+            objective's.
     """
 
     def __init__(
@@ -140,10 +51,11 @@ class MaskedTraining:
         label_dropout: float = 0.1,
         passes: Literal["full+masked", "full", "masked"] = "full+masked",
         train_with_amm: bool = False,
+        joint: bool = False,
     ) -> None:
-        if passes not in _PASSES:
-            raise ValueError(f"passes = {passes!r}: expected one of {', '.join(map(repr, _PASSES))}")
-        if "masked" in _PASSES[passes] and mask_plan is None:
+        if passes not in PASSES:
+            raise ValueError(f"passes = {passes!r}: expected one of {', '.join(map(repr, PASSES))}")
+        if "masked" in PASSES[passes] and mask_plan is None:
             raise ValueError(f"passes = {passes!r} needs a mask_plan: give one, or train with passes='full'")
         if not 0.0 <= label_dropout <= 1.0:
             raise ValueError(f"label_dropout = {label_dropout}: expected a probability between 0 and 1")
@@ -152,15 +64,30 @@ class MaskedTraining:
                 f"the timestep sampler draws from {timesteps.num_timesteps} timesteps, the objective has "
                 f"{objective.num_train_timesteps}: build the sampler with objective.num_train_timesteps"
             )
+        if is_continuous(timesteps) != is_continuous(objective):
+            kinds = {True: "continuous", False: "discrete"}
+            raise ValueError(
+                f"the timestep sampler is for {kinds[is_continuous(timesteps)]} time, the objective for "
+                f"{kinds[is_continuous(objective)]} time: build the sampler with the objective's"
+            )
         self.objective = objective
         self.timesteps = timesteps
         self.mask_plan = mask_plan
         self.label_dropout = label_dropout
-        self.passes = _PASSES[passes]
+        self.passes = PASSES[passes]
         self.train_with_amm = train_with_amm
+        self.joint = joint
 
     def __call__(
-        self, model: Any, x0: Tensor, labels: Tensor | None, *, seed: int, step: int, positions: Sequence[int]
+        self,
+        model: Any,
+        x0: Tensor,
+        labels: Tensor | None,
+        *,
+        seed: int,
+        step: int,
+        positions: Sequence[int],
+        draws: HostDraws | None = None,
     ) -> StepLoss:
         """Draw, run every pass and return the loss.
 
@@ -171,18 +98,82 @@ class MaskedTraining:
             seed: the run's seed.
             step: optimizer step.
             positions: index of each sample in the global batch (over processes and micro-batches).
+            draws: what `host_draws` gives for these arguments, if it is at hand already; else it is made here.
 
         Raises:
-            ValueError: if positions or labels do not number B, or labels are to be dropped and the model has no null
-                label.
+            ValueError: if positions, labels or draws do not number B, or labels are to be dropped and the model has no
+                null label.
         """
         if len(positions) != x0.shape[0]:
             raise ValueError(f"{len(positions)} positions for {x0.shape[0]} latents: give one position per latent")
         network = _unwrap(model)
-        draws = self.draw(
-            seed, step, positions, labels, network.null_label, tuple(x0.shape[1:]), getattr(network, "mask_grids", ())
-        )
-        return self.loss_of(model, x0, draws)
+        if draws is None:
+            draws = self._host(
+                seed, step, positions, labels, network.null_label, x0.shape[1:], getattr(network, "mask_grids", ())
+            )
+        for drawn in draws.passes:
+            if drawn.noise.shape != x0.shape:
+                raise ValueError(
+                    f"the draws are for latents of shape {tuple(drawn.noise.shape)}, not {tuple(x0.shape)}: "
+                    "give host_draws the shape of the latents and their positions"
+                )
+        return self.loss_of(model, x0, self.finish(draws, labels, network.null_label))
+
+    def drawer(
+        self, seed: int, shape: Sequence[int], mask_grids: Sequence[tuple[int, int]], conditional: bool
+    ) -> HostDrawer:
+        """Return the callable (step, positions) -> `HostDraws` of a run, which loader workers can hold.
+
+        Args:
+            seed: the run's seed.
+            shape: shape of one latent, (C, H, W).
+            mask_grids: (height, width) of the tokens at each down-sampling module's input (`model.mask_grids`).
+            conditional: whether there are labels, and a null label for those dropped.
+        """
+        grids = tuple((int(height), int(width)) for height, width in mask_grids)
+        return HostDrawer(seed, tuple(shape), self.passes, self.label_dropout, conditional, self.mask_plan, grids)
+
+    def host_draws(
+        self,
+        seed: int,
+        step: int,
+        positions: Sequence[int],
+        shape: Sequence[int],
+        mask_grids: Sequence[tuple[int, int]],
+        conditional: bool,
+    ) -> HostDraws:
+        """Draw everything random of one step that needs no state; see `drawer` for the arguments.
+
+        A sample's draws depend on (seed, step, its position) only. `positions` are B indices into the global batch.
+        """
+        return self.drawer(seed, shape, mask_grids, conditional)(step, positions)
+
+    def finish(self, host: HostDraws, labels: Tensor | None, null_label: int | None) -> StepDraws:
+        """Choose the timesteps, by the sampler's present history, and drop labels.
+
+        Args:
+            host: draws of B samples.
+            labels: (B,) int64, or None.
+            null_label: what a dropped label becomes; None if the model has no null class.
+
+        Returns:
+            Draws on the CPU; labels stay on their own device.
+
+        Raises:
+            ValueError: if labels do not number B, or are to be dropped and there is no null label.
+        """
+        self._check_labels(len(host), labels, null_label)
+        t, weight = self.timesteps.draw(host.u.numpy())
+        passes: list[PassDraws] = []
+        for drawn in host.passes:
+            kept = labels
+            if labels is not None and null_label is not None:
+                if drawn.dropped is None:
+                    raise ValueError("the draws are for an unconditional model: draw them with conditional=True")
+                dropped = drawn.dropped.to(labels.device, non_blocking=labels.device.type != "cpu")
+                kept = labels.masked_fill(dropped, null_label)
+            passes.append(PassDraws(drawn.name, drawn.noise, kept, drawn.masks))
+        return StepDraws(torch.from_numpy(t), torch.from_numpy(weight), passes)
 
     def draw(
         self,
@@ -191,10 +182,10 @@ class MaskedTraining:
         positions: Sequence[int],
         labels: Tensor | None,
         null_label: int | None,
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         mask_grids: Sequence[tuple[int, int]],
     ) -> StepDraws:
-        """Draw everything random of one step; a sample's draws depend on (seed, step, its position) only.
+        """Draw everything random of one step: `host_draws`, then `finish`.
 
         Args:
             seed: the run's seed.
@@ -211,42 +202,57 @@ class MaskedTraining:
         Raises:
             ValueError: if labels do not number B, or are to be dropped and there is no null label.
         """
-        places = [int(position) for position in positions]
-        if labels is not None and tuple(labels.shape) != (len(places),):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected ({len(places)},): one per position")
-        if labels is not None and self.label_dropout > 0.0 and null_label is None:
-            raise ValueError(
-                f"label_dropout = {self.label_dropout}, but the model has no null label: set label_dropout to 0, or "
-                "build the model with a null class; for an unconditional model pass labels=None"
-            )
-        t, weight = self.timesteps.draw(uniforms(seed, Purpose.TIMESTEP, step, places))
-        passes: list[PassDraws] = []
-        for name in self.passes:
-            index = _PASS_INDEX[name]
-            kept = labels
-            if labels is not None and null_label is not None:
-                dropped = torch.from_numpy(uniforms(seed, Purpose.LABEL_DROP, step, places, index) < self.label_dropout)
-                kept = labels.masked_fill(dropped.to(labels.device), null_label)
-            masks = None
-            if name == "masked" and self.mask_plan is not None:
-                masks = self.mask_plan.draw(seed, step, places, mask_grids)
-            passes.append(PassDraws(name, normals(seed, Purpose.NOISE, step, places, shape, index), kept, masks))
-        return StepDraws(torch.from_numpy(t), torch.from_numpy(weight), passes)
+        host = self._host(seed, step, positions, labels, null_label, shape, mask_grids)
+        return self.finish(host, labels, null_label)
 
     def loss_of(self, model: Any, x0: Tensor, draws: StepDraws) -> StepLoss:
         """Run every pass on given draws, which are moved to the device of x0 (B, C, H, W)."""
         draws = draws.to(x0.device)
-        terms: dict[PassName, LossTerms] = {}
         with self._amm_suspended(model):
-            for drawn in draws.passes:
-                terms[drawn.name] = self.objective.terms(model, x0, draws.t, drawn.noise, drawn.labels, drawn.masks)
+            terms = self._terms(model, x0, draws)
         total = torch.stack([(draws.weight * part.loss).mean() for part in terms.values()]).sum()
         metrics = {"loss": total.detach()}
         for name, part in terms.items():
             for key in ("loss", "mse", "mse_plain", "vb"):
                 metrics[f"{key}_{name}"] = (draws.weight * getattr(part, key)).mean().detach()
-        sampler_loss = torch.stack([part.loss.detach() for part in terms.values()]).sum(dim=0)
-        return StepLoss(total, draws.t, sampler_loss, metrics)
+        losses: dict[str, Tensor] = {name: part.loss.detach() for name, part in terms.items()}
+        sampler_loss = torch.stack(list(losses.values())).sum(dim=0)
+        return StepLoss(total, draws.t, sampler_loss, metrics, losses, draws.t / self.objective.num_train_timesteps)
+
+    def _terms(self, model: Any, x0: Tensor, draws: StepDraws) -> dict[PassName, LossTerms]:
+        count = len(draws.passes)
+        if not self.joint or count == 1:
+            return {
+                drawn.name: self.objective.terms(model, x0, draws.t, drawn.noise, drawn.labels, drawn.masks)
+                for drawn in draws.passes
+            }
+        noise, labels, masks = joined(draws.passes)
+        both = self.objective.terms(model, torch.cat([x0] * count), draws.t.repeat(count), noise, labels, masks)
+        return {drawn.name: part for drawn, part in zip(draws.passes, both.split(count), strict=True)}
+
+    def _host(
+        self,
+        seed: int,
+        step: int,
+        positions: Sequence[int],
+        labels: Tensor | None,
+        null_label: int | None,
+        shape: Sequence[int],
+        mask_grids: Sequence[tuple[int, int]],
+    ) -> HostDraws:
+        # Before the noise, which takes most of the time, is drawn in vain.
+        self._check_labels(len(positions), labels, null_label)
+        conditional = labels is not None and null_label is not None
+        return self.host_draws(seed, step, positions, shape, mask_grids, conditional)
+
+    def _check_labels(self, count: int, labels: Tensor | None, null_label: int | None) -> None:
+        if labels is not None and tuple(labels.shape) != (count,):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, expected ({count},): one per position")
+        if labels is not None and self.label_dropout > 0.0 and null_label is None:
+            raise ValueError(
+                f"label_dropout = {self.label_dropout}, but the model has no null label: set label_dropout to 0, or "
+                "build the model with a null class; for an unconditional model pass labels=None"
+            )
 
     def _amm_suspended(self, model: Any) -> AbstractContextManager[Any]:
         suspend = getattr(_unwrap(model), "suspend_attention_modulation", None)

@@ -20,7 +20,7 @@ from ..util.lookup import nearest
 from ..util.pictures import to_pil
 from ..util.rng import image_generators
 from .guidance import combine
-from .schedulers import default_steps, scheduler_like
+from .schedulers import default_steps, scheduler_like, set_steps
 
 # "authors" guides the first three channels only, as the released DiT, MDT and EDT samplers do on four-channel latents.
 GUIDANCE_CHANNELS: dict[str, int | None] = {"all": None, "authors": 3}
@@ -158,7 +158,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             guidance_scale: 1 is off and costs one pass a step; larger values follow the class more closely.
             num_inference_steps: None for the scheduler's usual number.
             seeds: one integer per picture; None draws them at random (they are returned).
-            scheduler: "ddpm", "ddim", "dpm++"; None uses the pipeline's own.
+            scheduler: "ddpm", "ddim", "dpm++", for flow models "euler", "heun", "dpm++"; None uses the pipeline's own.
             guidance_channels: "all", or "authors" for the three-channel form of the released samplers.
             num_images: number of pictures of an unconditional model (default: as many as seeds, or 1).
             batch_size: pictures computed and decoded at once; None is all.
@@ -167,7 +167,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return_dict: False returns the tuple (images,).
 
         Raises:
-            UserError: for unknown classes, counts that differ, or an unknown option.
+            UserError: for unknown classes, counts that differ, an unknown option, or a scheduler that does not fit what
+                the model predicts.
         """
         labels = self.resolve_labels(class_labels)
         for name, number in (
@@ -221,7 +222,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generators = image_generators(seeds)
         # Drawn one by one in float32 on the CPU: a picture depends on its seed alone, not on its batch or the device.
         sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        sample = (sample * scheduler.init_noise_sigma).to(device)
+        sample = (sample * getattr(scheduler, "init_noise_sigma", 1.0)).to(device)
         guided = scale != 1.0 and labels is not None
         condition = None if labels is None else torch.tensor(labels, device=device)
         if guided:
@@ -229,7 +230,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         takes_variance = getattr(scheduler.config, "variance_type", None) == "learned_range"
         noise_channels = shape[0]
         guided_channels = min(GUIDANCE_CHANNELS[channels] or noise_channels, noise_channels)
-        scheduler.set_timesteps(steps, device=device)
+        set_steps(scheduler, steps, device)
         if int(scheduler.timesteps[0]) == 0:  # nothing would be denoised
             raise UserError(f"num_inference_steps={steps}: this scheduler needs at least 2")
         if model.is_cache_enabled:

@@ -1,21 +1,32 @@
 """Samplers by name. diffusers supplies them; what is ours is the authors' respaced DDIM and the right settings.
 
-Every factory makes a scheduler for a linear-beta, epsilon-predicting process. `SCHEDULERS` is the table to extend.
+A model predicts one of three things, which its sampler must be told (`prediction_type`): "epsilon" (the noise) or
+"v_prediction" on a process of linear betas, or "flow", the velocity of straight paths at continuous time. `SCHEDULERS`
+is the table to extend.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..nn.noise_schedule import NoiseSchedule, respaced_timesteps
+from ..util.errors import UserError
 from ..util.lookup import lookup
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 
 
 class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
@@ -29,6 +40,10 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         beta_start, beta_end: ends of its linear betas.
         eta: 0 is deterministic; 1 has the variance of ancestral sampling.
         clip_sample: clamp the predicted x_0 to [-1, 1], for models that work on pixels.
+        prediction_type: "epsilon", or "v_prediction" (arXiv 2202.00512).
+
+    Raises:
+        ValueError: for another prediction_type.
     """
 
     order = 1
@@ -42,7 +57,10 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.02,
         eta: float = 0.0,
         clip_sample: bool = False,
+        prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
     ) -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type={prediction_type!r}: expected 'epsilon' or 'v_prediction'")
         schedule = NoiseSchedule.linear(num_train_timesteps, beta_start, beta_end)
         self.alphas_cumprod = torch.tensor(schedule.alphas_cumprod)  # float64
         self.timesteps = torch.arange(num_train_timesteps).flip(0)
@@ -69,7 +87,7 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         """One step from `timestep` to the next one of the list.
 
         Args:
-            model_output: predicted noise (B, C, H, W), without variance channels.
+            model_output: predicted noise or v (B, C, H, W), without variance channels.
             timestep: a member of `timesteps`.
             sample: x_t.
             generator: one, or one per image; used if eta > 0.
@@ -81,7 +99,11 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         last = position + 1 == len(self.timesteps)
         now = float(self.alphas_cumprod[int(self.timesteps[position])])
         after = 1.0 if last else float(self.alphas_cumprod[int(self.timesteps[position + 1])])
-        original = (sample - (1 - now) ** 0.5 * model_output) / now**0.5
+        if self.config["prediction_type"] == "v_prediction":
+            original = now**0.5 * sample - (1 - now) ** 0.5 * model_output
+            model_output = (1 - now) ** 0.5 * sample + now**0.5 * model_output
+        else:
+            original = (sample - (1 - now) ** 0.5 * model_output) / now**0.5
         if self.config["clip_sample"]:
             original = original.clamp(-1, 1)
             model_output = (sample - now**0.5 * original) / (1 - now) ** 0.5
@@ -94,46 +116,112 @@ class RespacedDDIMScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous, original)
 
 
-def _ddpm(process: dict[str, Any], learned_variance: bool, clip: bool) -> DDPMScheduler:
+@dataclass(frozen=True)
+class Process:
+    """What a scheduler must know of a model and its training.
+
+    Attributes:
+        num_train_timesteps: length of the process; what the model is told at pure noise, on continuous time.
+        beta_start, beta_end: ends of its linear betas; without meaning for "flow".
+        learned_variance: whether the model predicts the variance, which only ancestral sampling uses.
+        clip_sample: clamp each predicted x_0 to [-1, 1], where the scheduler offers it.
+        prediction_type: one of `PREDICTION_TYPES`.
+        shift: a of s' = a s / (1 + (a - 1) s) for the levels visited, "flow" only (arXiv 2403.03206, equation 23).
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    learned_variance: bool = True
+    clip_sample: bool = False
+    prediction_type: str = "epsilon"
+    shift: float = 1.0
+
+    def betas(self) -> dict[str, Any]:
+        """Arguments of schedulers of discrete processes."""
+        names = ("num_train_timesteps", "beta_start", "beta_end", "prediction_type")
+        return {name: getattr(self, name) for name in names}
+
+
+def _ddpm(process: Process) -> DDPMScheduler:
     # These settings, and no others, are the authors' respaced ancestral sampler (which does not clip latents).
-    variance = "learned_range" if learned_variance else "fixed_small"
     return DDPMScheduler(
-        **process, beta_schedule="linear", variance_type=variance, clip_sample=clip, timestep_spacing="linspace"
+        **process.betas(),
+        beta_schedule="linear",
+        variance_type="learned_range" if process.learned_variance else "fixed_small",
+        clip_sample=process.clip_sample,
+        timestep_spacing="linspace",
     )
 
 
-def _ddim(process: dict[str, Any], learned_variance: bool, clip: bool) -> RespacedDDIMScheduler:
-    return RespacedDDIMScheduler(**process, clip_sample=clip)
+def _ddim(process: Process) -> RespacedDDIMScheduler:
+    return RespacedDDIMScheduler(**process.betas(), clip_sample=process.clip_sample)
 
 
-def _dpm_solver(process: dict[str, Any], learned_variance: bool, clip: bool) -> DPMSolverMultistepScheduler:
+def _dpm_solver(process: Process) -> DPMSolverMultistepScheduler:
     # Steps even in log-SNR: with even timesteps the last one jumps from t = 50 or more to 0, and at 20 steps the spread
-    # of exact Gaussian data comes out 14 % too small (1.5 % this way). Dynamic thresholding with a largest value of 1
-    # is clamping to [-1, 1].
+    # of exact Gaussian data comes out 14 % too small (1.5 % this way). Straight paths have no such end, and take even
+    # steps. Dynamic thresholding with a largest value of 1 is clamping to [-1, 1].
+    settings = {**process.betas(), "use_lu_lambdas": True}
+    if process.prediction_type == "flow":
+        settings = {
+            "num_train_timesteps": process.num_train_timesteps,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": process.shift,
+        }
     return DPMSolverMultistepScheduler(
-        **process,
+        **settings,
         beta_schedule="linear",
         algorithm_type="dpmsolver++",
         solver_order=2,
-        use_lu_lambdas=True,
-        thresholding=clip,
+        thresholding=process.clip_sample,
         sample_max_value=1.0,
     )
 
 
+def _euler(process: Process) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(process.num_train_timesteps, shift=process.shift)
+
+
+def _heun(process: Process) -> FlowMatchHeunDiscreteScheduler:
+    return FlowMatchHeunDiscreteScheduler(process.num_train_timesteps, shift=process.shift)
+
+
 @dataclass(frozen=True)
 class SchedulerChoice:
-    """A factory `(process, learned_variance, clip) -> scheduler`, and the steps used when none are asked for."""
+    """A sampler by name.
 
-    make: Callable[[dict[str, Any], bool, bool], Any]
+    Attributes:
+        make: the factory.
+        kind: the class that it makes.
+        default_steps: steps used when none are asked for.
+        predictions: what a model may predict to be sampled by it.
+    """
+
+    make: Callable[[Process], Any]
+    kind: type
     default_steps: int
+    predictions: tuple[str, ...]
 
 
 SCHEDULERS: dict[str, SchedulerChoice] = {
-    "ddpm": SchedulerChoice(_ddpm, 250),
-    "ddim": SchedulerChoice(_ddim, 50),
-    "dpm++": SchedulerChoice(_dpm_solver, 20),
+    "ddpm": SchedulerChoice(_ddpm, DDPMScheduler, 250, ("epsilon", "v_prediction")),
+    "ddim": SchedulerChoice(_ddim, RespacedDDIMScheduler, 50, ("epsilon", "v_prediction")),
+    "dpm++": SchedulerChoice(_dpm_solver, DPMSolverMultistepScheduler, 20, PREDICTION_TYPES),
+    "euler": SchedulerChoice(_euler, FlowMatchEulerDiscreteScheduler, 50, ("flow",)),
+    "heun": SchedulerChoice(_heun, FlowMatchHeunDiscreteScheduler, 25, ("flow",)),
 }
+
+
+def fitting_schedulers(prediction_type: str) -> list[str]:
+    """Names of the schedulers for models that predict `prediction_type`."""
+    return [name for name, choice in SCHEDULERS.items() if prediction_type in choice.predictions]
+
+
+def default_scheduler(prediction_type: str) -> str:
+    """Name of the scheduler to use when none is asked for: "euler" for "flow", else "ddim"."""
+    return "euler" if prediction_type == "flow" else "ddim"
 
 
 def make_scheduler(
@@ -143,33 +231,76 @@ def make_scheduler(
     beta_end: float = 0.02,
     learned_variance: bool = True,
     clip_sample: bool = False,
+    prediction_type: str = "epsilon",
+    shift: float = 1.0,
 ) -> Any:
     """Build the scheduler called `name`.
 
     Args:
         name: one of `SCHEDULERS`.
-        num_train_timesteps, beta_start, beta_end: the noising process.
+        num_train_timesteps, beta_start, beta_end: the noising process; betas have no meaning for "flow".
         learned_variance: whether the model predicts the variance, which only ancestral sampling uses.
         clip_sample: clamp each predicted x_0 to [-1, 1]: right for pixels, wrong for latents, which have no bounds.
+            "euler" and "heun" have no clamp (and need none: nothing in them is divided by the signal's scale).
+        prediction_type: what the model predicts, "epsilon", "v_prediction" or "flow".
+        shift: above 1 spends more steps on noisy levels; "flow" only.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones.
+        UserError: for an unknown name, listing the known ones, or one that does not fit the prediction type, listing
+            those that do.
     """
-    process = {"num_train_timesteps": num_train_timesteps, "beta_start": beta_start, "beta_end": beta_end}
-    return lookup(SCHEDULERS, name, "scheduler").make(process, learned_variance, clip_sample)
+    choice = lookup(SCHEDULERS, name, "scheduler")
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(f"prediction_type={prediction_type!r}: expected {' or '.join(map(repr, PREDICTION_TYPES))}")
+    if prediction_type not in choice.predictions:
+        raise UserError(
+            f"scheduler {name!r} cannot sample a model that predicts {prediction_type!r}: choose "
+            f"{' or '.join(fitting_schedulers(prediction_type))}"
+        )
+    return choice.make(
+        Process(num_train_timesteps, beta_start, beta_end, learned_variance, clip_sample, prediction_type, shift)
+    )
+
+
+def prediction_type_of(scheduler: Any) -> str:
+    """What a scheduler takes its model to predict, one of `PREDICTION_TYPES` (diffusers' own words for others)."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler):
+        return "flow"
+    told = scheduler.config.get("prediction_type", "epsilon")
+    return "flow" if told == "flow_prediction" else told
 
 
 def scheduler_like(name: str, other: Any, learned_variance: bool) -> Any:
-    """The scheduler called `name` for the noising process of an existing scheduler, clipping if that one does."""
-    process = {key: other.config[key] for key in ("num_train_timesteps", "beta_start", "beta_end")}
-    clip = bool(other.config.get("clip_sample", False) or other.config.get("thresholding", False))
-    return make_scheduler(name, **process, learned_variance=learned_variance, clip_sample=clip)
+    """The scheduler called `name` for the process and prediction of an existing one, with its clipping and shift.
+
+    Raises:
+        UserError: as `make_scheduler`.
+    """
+    config = other.config
+    kept = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end") if key in config}
+    return make_scheduler(
+        name,
+        **kept,
+        learned_variance=learned_variance,
+        clip_sample=bool(config.get("clip_sample", False) or config.get("thresholding", False)),
+        prediction_type=prediction_type_of(other),
+        shift=config.get("shift", config.get("flow_shift", 1.0)),
+    )
 
 
 def default_steps(scheduler: Any) -> int:
     """Steps used when a caller names none, by the scheduler's kind."""
-    kinds = {DDPMScheduler: "ddpm", RespacedDDIMScheduler: "ddim", DPMSolverMultistepScheduler: "dpm++"}
-    for kind, name in kinds.items():
-        if isinstance(scheduler, kind):
-            return SCHEDULERS[name].default_steps
-    return 50
+    return next((choice.default_steps for choice in SCHEDULERS.values() if isinstance(scheduler, choice.kind)), 50)
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:
+    """Choose `steps` levels, as `scheduler.set_timesteps` does, but on continuous time without its roundings."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # Even steps from 1 to 0. Left to itself it ends at 1 / 1000 (shifted twice), and the last step does nothing.
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), device=device)
+        return
+    scheduler.set_timesteps(steps, device=device)
+    if scheduler.config.get("use_flow_sigmas", False):
+        # It rounds the time that the model is told down to an integer, as if there were steps.
+        told = scheduler.sigmas[:-1] * scheduler.config["num_train_timesteps"]
+        scheduler.timesteps = told.to(device)
