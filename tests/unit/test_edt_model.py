@@ -1,5 +1,6 @@
 import itertools
 import math
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -291,7 +292,7 @@ def test_down_sampling_against_loops(masked):
     generator = torch.Generator().manual_seed(2)
     x, temb = torch.randn(2, 24, 8, generator=generator), torch.randn(2, 16, generator=generator)
     keep = torch.rand(2, 24, generator=generator) >= 0.5 if masked else None
-    skips = Skips(torch.zeros(1), TokenMasks((keep,)) if masked else None)
+    skips = Skips(TokenMasks((keep,)) if masked else None)
     out = down(x, temb, skips)
     torch.testing.assert_close(out.double(), down_reference(down, x, temb, keep), atol=1e-5, rtol=0)
     assert torch.equal(skips.pop(), out)  # the long skip carries the mask's effect
@@ -306,8 +307,8 @@ def test_a_hidden_token_changes_its_own_merged_token_only():
     x, temb = torch.randn(1, 24, 8), torch.randn(1, 16)
     keep = torch.ones(1, 24)
     keep[0, 2 * 6 + 5] = 0  # row 2, column 5: merged cell (1, 2), number 5
-    full = down(x, temb, Skips(torch.zeros(1), None))
-    masked = down(x, temb, Skips(torch.zeros(1), TokenMasks((keep,))))
+    full = down(x, temb, Skips(None))
+    masked = down(x, temb, Skips(TokenMasks((keep,))))
     assert (full != masked).any(-1).squeeze(0).nonzero().flatten().tolist() == [5]
 
 
@@ -319,7 +320,7 @@ def test_up_sampling_against_loops():
     generator = torch.Generator().manual_seed(2)
     x, temb = torch.randn(2, 6, 12, generator=generator), torch.randn(2, 16, generator=generator)
     skip = torch.randn(2, 24, 4, generator=generator)
-    skips = Skips(torch.zeros(1), None)
+    skips = Skips(None)
     skips.push(skip)
     out = up(x, temb, skips).double()
     condition = temb.double() * torch.sigmoid(temb.double())
@@ -339,7 +340,7 @@ def forward_by_hand(model: EDTTransformer2DModel, inputs: dict, before_block=lam
     """The model's forward from its parts, without masks; `before_block` may change the tokens before a block."""
     temb = model.timestep_embedder(model.time_proj(inputs["timestep"])) + model.class_embedder(inputs["class_labels"])
     x = model.patch_embed(inputs["hidden_states"]) + model.pos_embed
-    skips = Skips(model.pos_embed, None)
+    skips = Skips(None)
     skips.push(x)
     for number, block in enumerate(model.blocks):
         x = block(before_block(number, x), temb, skips)
@@ -469,6 +470,60 @@ def test_gradient_checkpointing_gives_the_same_gradients(masked, blocks, suspend
     assert len(calls) == 5
     for hook in hooks:
         hook.remove()
+
+
+def gradients_and_recomputed(model, inputs, masks) -> tuple[list[torch.Tensor], list[int]]:
+    """Gradients of one step, and the numbers of the blocks that ran twice in it."""
+    calls: list[int] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+        for number, block in enumerate(model.blocks)
+    ]
+    with model.suspend_attention_modulation():
+        loss = model(**inputs, token_masks=masks).sample.square().sum()
+    gradients = list(torch.autograd.grad(loss, list(model.parameters())))
+    for hook in hooks:
+        hook.remove()
+    return gradients, sorted(number for number in set(calls) if calls.count(number) == 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("stages", "blocks"),  # blocks 0 1 | down | 3 | up | 5 6
+    [([0], [0, 1]), ([2, 1, 2], [3, 5, 6]), ((0, 2), [0, 1, 5, 6]), (True, [0, 1, 3, 5, 6]), ([], []), (None, [])],
+)
+def test_checkpointed_stages(stages, blocks, masked):
+    model = tiny_model().train()
+    model.set_attention_modulation([0, 3])
+    inputs = tiny_inputs(model)
+    masks = random_masks(model, stage0=True) if masked else None
+    plain, recomputed = gradients_and_recomputed(model, inputs, masks)
+    assert recomputed == []
+    model.set_checkpointed_stages([1])
+    model.set_checkpointed_stages(stages)
+    checkpointed, recomputed = gradients_and_recomputed(model, inputs, masks)
+    assert recomputed == blocks
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+    assert model.is_gradient_checkpointing == bool(blocks)
+
+
+def test_checkpointed_stages_and_diffusers_switch():
+    model = tiny_model().train()
+    inputs = tiny_inputs(model)
+    model.set_checkpointed_stages([1])
+    model.enable_gradient_checkpointing()
+    assert gradients_and_recomputed(model, inputs, None)[1] == [0, 1, 3, 5, 6]
+    model.set_checkpointed_stages([1])
+    model.disable_gradient_checkpointing()
+    assert gradients_and_recomputed(model, inputs, None)[1] == []
+
+
+@pytest.mark.parametrize("stages", [[3], [-1], [0, 1.0], ["0"], [True], 1, "1"])
+def test_unknown_stages(stages):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"stages .*: expected a list of numbers from 0 to 2, or true for all"):
+        model.set_checkpointed_stages(stages)
+    assert not model.is_gradient_checkpointing
 
 
 def test_gradient_against_finite_differences():
@@ -603,6 +658,84 @@ def test_the_whole_model_traces_into_one_graph():
         eager = model(**inputs).sample
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).sample
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+FIVE_STAGES = {
+    "sample_size": 16,
+    "depths": (2, 1, 1, 1, 2),
+    "dims": (16, 24, 32, 24, 16),
+    "num_heads": (2, 3, 4, 3, 2),
+}
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch asks for it while tracing
+@pytest.mark.slow
+def test_what_compiles_anew():
+    """A graph for each of three shapes of a stage, in training and in inference; none more for masks or checkpoints."""
+    model = tiny_model(**FIVE_STAGES).train()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph, _example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def gradients(batch: int = 2, masks: TokenMasks | None = None) -> list[torch.Tensor]:
+        loss = model(**tiny_inputs(model, batch), token_masks=masks).sample.square().sum()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    plain_masks = [random_masks(model, stage0=stage0) for stage0 in (False, True)]
+    with torch.no_grad():
+        prediction = model.eval()(**tiny_inputs(model)).sample
+    model.train()
+    eager = [gradients(masks=masks) for masks in (None, *plain_masks)]
+    model.compile_repeated_blocks(fullgraph=True, backend=count)
+    for masks, expected in zip((None, *plain_masks), eager, strict=True):
+        compiled = gradients(masks=masks)
+        for a, b in zip(compiled, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()) + 1e-4)
+    assert len(graphs) == 3
+    model.set_checkpointed_stages([0, 4])
+    gradients(masks=plain_masks[1])
+    assert len(graphs) == 3
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tiny_inputs(model)).sample, prediction, atol=1e-5, rtol=1e-5)
+        assert len(graphs) == 6
+        model.set_attention_modulation([3])
+        model(**tiny_inputs(model))
+        assert len(graphs) == 7
+    for batch in (3, 4, 5):  # past torch's limit of 8; the batch is a variable from the second size on
+        gradients(batch)
+    assert len(graphs) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch asks for it while tracing
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++ is not installed")
+def test_compiled_training_step(monkeypatch):
+    model = tiny_model(depths=(1, 1, 1), dims=(8, 12, 8), num_heads=(1, 1, 1), sample_size=4).train()
+    inputs, masks = tiny_inputs(model), random_masks(model, stage0=True)
+
+    def step() -> torch.Tensor:
+        loss = model(**inputs, token_masks=masks).sample.square().sum()
+        # As one vector: the gradient of a key's bias is zero (softmax does not see it), and what is computed is noise.
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    gradient = step()
+    # The middle block stays as it is: each shape takes a C++ compiler ten seconds and more.
+    monkeypatch.setattr(model.blocks[2], "compile", lambda **_: None)
+    model.compile_repeated_blocks(fullgraph=True)
+    assert (step() - gradient).norm() < 1e-5 * gradient.norm()
 
 
 def test_a_model_built_in_inference_mode_runs():

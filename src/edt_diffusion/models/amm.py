@@ -111,6 +111,30 @@ class ModulatedAttentionMixin:
                 return candidate.modulation
         return None
 
+    def suggested_modulation(self, guidance_scale: float = 1.0) -> AttentionModulation | None:
+        """A setting to begin with: the published one, or the middle block of each decoder stage; None if none fits.
+
+        The latter is how the EDT authors place AMM in S and B. Stages whose grid is too small for it are left out.
+        """
+        published = self.published_modulation(guidance_scale)
+        if published is not None:
+            return published
+        depths, _, _ = self._preset_key()
+        layers = self.attention_layers()
+        middles = [sum(depths[:stage]) + depths[stage] // 2 for stage in range(len(depths) // 2 + 1, len(depths))]
+        blocks = tuple(block for block in middles if min(layers[block][1]) >= 3)
+        return AttentionModulation(blocks) if blocks else None
+
+    @contextlib.contextmanager
+    def use_attention_modulation(self, setting: AttentionModulation | None) -> Iterator[None]:
+        """Run the body with another setting, then put the present one back."""
+        kept = self._attention_modulation
+        self._set_modulation(setting)
+        try:
+            yield
+        finally:
+            self._set_modulation(kept)
+
     def _resolve_preset(self, preset: str, guidance_scale: float) -> AttentionModulation | None:
         if preset != "auto":
             return lookup(self.amm_presets, preset, "attention modulation preset").modulation

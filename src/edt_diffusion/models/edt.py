@@ -13,6 +13,7 @@ Features of this file:
 Shapes in comments: B images, N tokens, C channels of a stage, D channels of stage 0 = width of the condition.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from ..nn.resample import merge_2x2, split_2x2
 from ..util.lookup import lookup
 from . import flops
 from .amm import ModulatedAttentionMixin, ModulationPreset
-from .layout import Grid, check_layout
+from .layout import Grid, check_layout, check_stages
 from .masking import TokenMasks
 
 # Gathered relative-position biases kept in eval mode, summed over a model's blocks. XL would need 66 MB at 256 px and
@@ -47,6 +48,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "B": {"depths": (2, 2, 2, 3, 3), "dims": (624, 832, 1040, 832, 624), "num_heads": (12, 16, 20, 16, 12)},
     "XL": {"depths": (6, 4, 4, 7, 7), "dims": (936, 1248, 1560, 1248, 936), "num_heads": (18, 24, 30, 24, 18)},
 }
+# Graphs that compiled blocks may have: one for each shape of a stage, times training and inference, AMM or not,
+# autocast or not, and batch sizes. torch's own limit of 8 is for one function and all models of a process.
+COMPILED_GRAPHS = 64
+
 # Published training masks (shares of hidden tokens) of each size: see models/masking.py.
 SIZE_MASKS: dict[str, dict[str, Any]] = {
     "S": {"down": ((0.4, 0.5), (0.1, 0.2)), "stage0": None},
@@ -72,8 +77,7 @@ class Skips:
     A plain object rather than a list, because diffusers' group offloading copies lists it finds among arguments.
     """
 
-    def __init__(self, first_positions: Tensor, masks: TokenMasks | None, modulate: bool = True) -> None:
-        self.first_positions = first_positions
+    def __init__(self, masks: TokenMasks | None, modulate: bool = True) -> None:
         self.masks = masks
         self.modulate = modulate
         self._stack: list[Tensor] = []
@@ -92,7 +96,7 @@ class EDTBlock(nn.Module):
         self, dim: int, heads: int, cond_dim: int, grid: Grid, mlp_ratio: float, keep_bias: bool, stage0_mask: bool
     ) -> None:
         super().__init__()
-        self.stage0_mask = stage0_mask
+        self.stage0_mask = stage0_mask  # the model applies it, so that compiled blocks know nothing of masks
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.attn = GridAttention(dim, heads, grid, keep_bias)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
@@ -103,9 +107,6 @@ class EDTBlock(nn.Module):
         self.adaln = Modulation(cond_dim, dim, 6, zero_init=True)
 
     def forward(self, hidden_states: Tensor, temb: Tensor, skips: Skips) -> Tensor:
-        if self.stage0_mask and skips.masks is not None and skips.masks.stage0 is not None:
-            keep = skips.masks.stage0.unsqueeze(-1).to(hidden_states.dtype)  # (B, N, 1)
-            hidden_states = hidden_states * keep + skips.first_positions.to(hidden_states.dtype) * (1 - keep)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(temb)
         attention = self.attn(modulate(self.norm1(hidden_states), shift1, scale1), skips.modulate)
         hidden_states = hidden_states + gate1.unsqueeze(1) * attention
@@ -187,6 +188,13 @@ class EDTTransformer2DModel(
             (the fifth), or the last where stage 0 is shorter.
         attention_modulation: stored setting of AMM; change it with `set_attention_modulation`.
 
+    Attributes:
+        grids: (height, width) of the tokens of each stage.
+        blocks: `EDTBlock`, `DownSample` and `UpSample` in execution order.
+        block_stages: the stage of each; a down-sampling ends a stage, an up-sampling begins one.
+        null_label: the label that means no class, or None.
+        out_channels: channels of the prediction.
+
     Raises:
         ValueError: for any combination above that cannot be built, naming the value and the remedy.
     """
@@ -240,6 +248,7 @@ class EDTTransformer2DModel(
             nn.init.normal_(self.class_embedder.weight, std=0.02)
 
         blocks: list[nn.Module] = []
+        self.block_stages: list[int] = []
         bias_budget = KEPT_BIAS_BYTES
         for stage in range(stages):
             dim, grid = dims[stage], self.grids[stage]
@@ -252,6 +261,7 @@ class EDTTransformer2DModel(
                 blocks.append(EDTBlock(dim, num_heads[stage], width, grid, mlp_ratio, bias_budget >= 0, masked))
             if stage < downs:
                 blocks.append(DownSample(dim, dims[stage + 1], width, grid, stage, is_skip=stage + 1 < downs))
+            self.block_stages += [stage] * (len(blocks) - len(self.block_stages))
         self.blocks = nn.ModuleList(blocks)
 
         self.norm_out = AdaLayerNorm(width, dims[-1], zero_init=True)
@@ -259,6 +269,7 @@ class EDTTransformer2DModel(
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
         self.gradient_checkpointing = False
+        self._checkpointed_stages: tuple[int, ...] | None = None  # None: whatever `gradient_checkpointing` says
         if attention_modulation is not None:
             self._set_modulation(AttentionModulation.from_config(attention_modulation))
 
@@ -313,24 +324,81 @@ class EDTTransformer2DModel(
         if token_masks is not None:
             token_masks.check(batch, self.mask_grids)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
-        # The sinusoid is computed in float32 and only then cast, so that half-precision models run.
-        temb = self.timestep_embedder(self.time_proj(timestep).to(hidden_states.dtype))  # (B, D)
+        temb = self._embed_timestep(timestep, hidden_states)  # (B, D)
         if self.class_embedder is not None:
             temb = temb + self.class_embedder(class_labels)
 
-        hidden_states = self.patch_embed(hidden_states) + self.pos_embed  # (B, N, D)
-        skips = Skips(self.pos_embed, token_masks, modulate=self._amm_suspensions == 0)
+        # Contiguous like the output of every block: a compiled block would otherwise be compiled for two layouts.
+        hidden_states = (self.patch_embed(hidden_states) + self.pos_embed).contiguous()  # (B, N, D)
+        skips = Skips(token_masks, modulate=self._amm_suspensions == 0)
         if len(self.grids) > 1:
             skips.push(hidden_states)
-        for block in self.blocks:
+        recomputed = self._recomputed_stages()
+        for block, stage in zip(self.blocks, self.block_stages, strict=True):
+            if token_masks is not None and token_masks.stage0 is not None and getattr(block, "stage0_mask", False):
+                keep = token_masks.stage0.unsqueeze(-1).to(hidden_states.dtype)  # (B, N, 1)
+                hidden_states = hidden_states * keep + self.pos_embed.to(hidden_states.dtype) * (1 - keep)
             # Only blocks that leave the skips alone may be recomputed.
-            if torch.is_grad_enabled() and self.gradient_checkpointing and isinstance(block, EDTBlock):
+            if stage in recomputed and isinstance(block, EDTBlock):
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, skips)  # pyright: ignore[reportOptionalCall]
             else:
                 hidden_states = block(hidden_states, temb, skips)
         output = self.proj_out(self.norm_out(hidden_states, temb))
         sample = unpatchify(output, self.config.patch_size, self.grids[-1], self.out_channels)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _embed_timestep(self, timestep: Tensor, hidden_states: Tensor) -> Tensor:
+        """(B,) -> (B, D). Autocast is off here: bfloat16 has 8 bits, and 1000 timesteps need 10.
+
+        The sinusoid is computed in float32 and only then cast, so that half-precision models run.
+        """
+        device, dtype = hidden_states.device.type, hidden_states.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = cast(nn.Linear, self.timestep_embedder.linear_1).weight.dtype
+        with torch.autocast(device, enabled=False):
+            return self.timestep_embedder(self.time_proj(timestep).to(dtype))
+
+    def set_checkpointed_stages(self, stages: Sequence[int] | bool | None) -> None:
+        """Choose the stages whose transformer blocks are computed a second time in the backward pass.
+
+        Memory falls by the activations of those stages; the long skips and the down- and up-sampling modules keep
+        theirs. The gradients stay the same, bit for bit. The first and the last stage have the most tokens, so they
+        give the most.
+
+        Args:
+            stages: stage numbers in 0 ... number of stages - 1; True for all, as `enable_gradient_checkpointing` of
+                diffusers; None, False or an empty sequence for none.
+
+        Raises:
+            ValueError: for a stage that does not exist.
+        """
+        chosen = check_stages(stages, len(self.config.depths))
+        if chosen:
+            self.enable_gradient_checkpointing()
+            self._checkpointed_stages = chosen
+        else:
+            self.disable_gradient_checkpointing()
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the transformer blocks; the arguments are those of `torch.compile`, such as `fullgraph=True`.
+
+        There is a graph for each shape of a stage (three for the paper's five stages). Masks, their absence and the
+        long skips stay outside the graphs and compile nothing anew. What does: the first call with gradients, the first
+        without, the first with AMM in a block, another precision, and the second batch size (which makes the batch a
+        variable of the graph).
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs.setdefault("recompile_limit", COMPILED_GRAPHS)
+        super().compile_repeated_blocks(*args, **kwargs)
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self._checkpointed_stages = None
+
+    def _recomputed_stages(self) -> Sequence[int]:
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return ()
+        return range(len(self.config.depths)) if self._checkpointed_stages is None else self._checkpointed_stages
 
     def multiply_adds(self) -> dict[str, int]:
         """Multiply-adds of one forward pass of one image by component, counted as the paper's "FLOPs"."""

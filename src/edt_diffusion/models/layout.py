@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..util.errors import UserError
+
 Grid = tuple[int, int]
 
 
@@ -59,6 +61,19 @@ def check_layout(
     first = (size[0] // patch_size, size[1] // patch_size)
     levels = [*range(downs + 1), *range(downs - 1, -1, -1)]
     return [(first[0] >> level, first[1] >> level) for level in levels]
+
+
+def check_stages(stages: Sequence[int] | bool | None, count: int) -> tuple[int, ...]:
+    """The stage numbers meant, ascending and each once; True means all of `count`, None and False none.
+
+    Raises:
+        UserError: for what is not a stage number of 0 ... count - 1.
+    """
+    if stages is None or isinstance(stages, bool):
+        return tuple(range(count)) if stages else ()
+    if isinstance(stages, str | int) or not all(type(stage) is int and 0 <= stage < count for stage in stages):
+        raise UserError(f"stages {stages!r}: expected a list of numbers from 0 to {count - 1}, or true for all")
+    return tuple(sorted(set(stages)))
 
 
 def _positive(value: object) -> bool:
