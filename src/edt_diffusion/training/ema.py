@@ -1,143 +1,174 @@
-"""Exponential moving average of a model's weights, the weights that are sampled from.
+"""Averages of a model's weights over the training: the weights that are sampled from.
 
 Only trainable parameters are averaged. The EDT authors average frozen position tables too, which drifts them by up to
 1.7e-4 in float32; buffers and frozen parameters stay the model's own here.
 """
 
-# torch does not export the multi-tensor operations, though its own optimizers consist of them.
-# pyright: reportPrivateImportUsage=false
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from ..util.errors import UserError
+from .averages import TrainedParameters, WeightAverage
+from .power import MAX_WIDTH, power_decay, power_exponent, width_name
+from .sharding import whole_state
 
-class EMA:
-    """Float32 average of the trainable parameters: `average <- decay_k average + (1 - decay_k) parameter`.
+_INTERVALS = 32  # between the snapshots of a run, if their distance is not given
+
+
+class EMAConfig(BaseModel):
+    """Averages of the weights (`ema:` in a configuration).
+
+    `decay` and, for short runs that shall forget their random start, `warmup` are those of the average that is sampled
+    from. `power` lists relative widths of further averages, of which snapshots are kept so that `edt ema` can make the
+    average of any width after the training; two widths, such as [0.05, 0.10], are enough. `snapshot_every` counts
+    steps; null means a 32nd of the run.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    warmup: bool = True
+    power: tuple[float, ...] = ()
+    snapshot_every: int | None = Field(default=None, ge=1)
+
+    @field_validator("power")
+    @classmethod
+    def _distinct_widths(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        for width in widths:
+            if not 0.0 < width < MAX_WIDTH:
+                raise UserError(f"ema.power={list(widths)}: expected widths between 0 and {MAX_WIDTH}, as [0.05, 0.10]")
+        if len({width_name(width) for width in widths}) < len(widths):
+            raise UserError(f"ema.power={list(widths)}: expected widths that differ in three decimals, as [0.05, 0.10]")
+        return widths
+
+    def interval(self, steps: int) -> int:
+        """Steps between two snapshots in a run of `steps`."""
+        return self.snapshot_every or -(-steps // _INTERVALS)
+
+
+class EMA(WeightAverage):
+    """Exponential moving average.
 
     With warm-up, decay_k = min(decay, (1 + k) / (10 + k)) where k = 0, 1, ... counts the updates made before: a short
     run does not keep its random start. Without, decay_k = decay from the first update on (the EDT authors).
 
-    The average starts as a copy, lives on the parameters' devices, and keeps float32 whatever their dtype: in bfloat16
-    a step of 1e-4 towards the parameter would be rounded away. Build it after the model was moved to its device, and
-    give it the bare model, not a parallel or compiled wrapper, whose parameters have other names.
-
     Args:
-        model: whose parameters with `requires_grad` are averaged; that choice is made once, here.
+        model: see `WeightAverage`.
         decay: in [0, 1).
         warmup: see above.
-
-    Attributes:
-        decay: as given.
-        warmup: as given.
-        num_updates: number of updates made.
+        trained: see `WeightAverage`.
 
     Raises:
         ValueError: if decay is outside its range.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, warmup: bool = True, trained: TrainedParameters | None = None
+    ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA decay = {decay}: expected a number in [0, 1), such as 0.9999")
         self.decay = decay
         self.warmup = warmup
-        self.num_updates = 0
-        self._swapped = False
-        self._average: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        super().__init__(model, trained)
+
+    def decay_at(self, k: int) -> float:
+        return min(self.decay, (1 + k) / (10 + k)) if self.warmup else self.decay
+
+
+class PowerEMA(WeightAverage):
+    """Power-function average (Karras et al. 2024, arXiv 2312.02696, section 3.1): weight t^gamma on the t-th update.
+
+    Its width is a constant share of the training so far, so the random start is forgotten at once (update 1 replaces
+    it), and averages of other widths can be made of its snapshots afterwards (`training.posthoc`).
+
+    Args:
+        model: see `WeightAverage`.
+        sigma_rel: relative width, standard deviation of the weights over the length of the training, in (0, 0.28).
+        trained: see `WeightAverage`.
+
+    Attributes:
+        sigma_rel: as given.
+        gamma: the exponent.
+
+    Raises:
+        UserError: if sigma_rel is outside its range.
+    """
+
+    def __init__(self, model: nn.Module, sigma_rel: float, trained: TrainedParameters | None = None) -> None:
+        self.sigma_rel = sigma_rel
+        self.gamma = power_exponent(sigma_rel)
+        super().__init__(model, trained)
+
+    def decay_at(self, k: int) -> float:
+        return power_decay(self.gamma, k + 1)
+
+
+class EMASet:
+    """Every average of a run: the exponential one that is sampled from, and power-function ones for later.
+
+    Args:
+        model: see `WeightAverage`.
+        config: which averages.
+
+    Attributes:
+        main: the exponential average.
+        powers: the others, by name ("ema-0.050" for the relative width 0.05).
+        averages: all of them by name, `main` as "ema".
+    """
+
+    def __init__(self, model: nn.Module, config: EMAConfig) -> None:
+        self.trained = TrainedParameters(model)
+        self.main = EMA(model, config.decay, config.warmup, self.trained)
+        self.powers = {width_name(width): PowerEMA(model, width, self.trained) for width in config.power}
+        self.averages: dict[str, WeightAverage] = {"ema": self.main, **self.powers}
+
+    @property
+    def num_updates(self) -> int:
+        """Number of updates made."""
+        return self.main.num_updates
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's parameters.
+        """Move every average towards the model's parameters; see `WeightAverage.update`."""
+        self.main.refuse_inside_swap()
+        tensors = self.trained.tensors(model)
+        for average in self.averages.values():
+            average.move_towards(tensors)
 
-        Raises:
-            ValueError: if the model lacks an averaged parameter.
-            RuntimeError: if called inside `swap`, where the parameters are the average itself.
-        """
-        if self._swapped:
-            raise RuntimeError("EMA.update was called inside EMA.swap: leave the swap first")
-        k = self.num_updates
-        decay = min(self.decay, (1 + k) / (10 + k)) if self.warmup else self.decay
-        parameters = [parameter.float() for parameter in self._parameters(model)]
-        if parameters:
-            torch._foreach_lerp_(list(self._average.values()), parameters, 1.0 - decay)
-        self.num_updates += 1
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's parameters by the average, cast to their dtype.
-
-        Raises:
-            ValueError: if the model lacks an averaged parameter.
-        """
-        for parameter, average in zip(self._parameters(model), self._average.values(), strict=True):
-            parameter.copy_(average)
-
-    @contextmanager
-    def swap(self, model: nn.Module) -> Iterator[None]:
-        """Put the average into the model for the length of a `with` block, then restore the parameters bit for bit.
-
-        Costs one copy of the trainable parameters.
-
-        Raises:
-            ValueError: if the model lacks an averaged parameter.
-            RuntimeError: if entered twice.
-        """
-        if self._swapped:
-            raise RuntimeError("EMA.swap was entered inside EMA.swap: leave the first one before")
-        parameters = self._parameters(model)
-        kept = [parameter.clone() for parameter in parameters]
-        self._swapped = True
-        try:
-            self.copy_to(model)
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, kept, strict=True):
-                    parameter.copy_(value)
-            self._swapped = False
+    def swap(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Put the exponential average into the model for the length of a `with` block; see `WeightAverage.swap`."""
+        return self.main.swap(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `{"num_updates": int, "parameters": {name: float32 tensor}}`; the tensors are the live ones."""
-        return {"num_updates": self.num_updates, "parameters": dict(self._average)}
+        """Return `{"num_updates": int, "groups": {"ema": {name: tensor}, "ema-0.050": ...}}`, tensors live, float32."""
+        groups = {name: average.state_dict()["parameters"] for name, average in self.averages.items()}
+        return {"num_updates": self.num_updates, "groups": groups}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, in place and on the present devices.
+        """Restore what `state_dict` returned, in place and on the present devices; all averages or none.
 
         Raises:
-            ValueError: if the names or the shapes are not those of this average.
+            ValueError: if the averages, their names or their shapes are not these.
         """
-        saved: dict[str, Tensor] = state["parameters"]
-        differing = sorted(saved.keys() ^ self._average.keys())
-        if differing:
+        groups: dict[str, dict[str, Tensor]] = state["groups"]
+        if groups.keys() != self.averages.keys():
             raise ValueError(
-                f"the saved EMA and this model differ in {len(differing)} parameter(s), such as {differing[0]!r}: load "
-                "it into the model it was saved from, with the same parameters trainable"
+                f"the saved averages are {', '.join(groups)}, this run's {', '.join(self.averages)}: keep ema.power as "
+                "it was, for a power-function average must see the training from its start"
             )
-        for name, average in self._average.items():
-            if saved[name].shape != average.shape:
-                raise ValueError(
-                    f"the saved EMA of {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(average.shape)}: "
-                    "load it into a model of the same size"
-                )
-        for name, average in self._average.items():
-            average.copy_(saved[name])
-        self.num_updates = int(state["num_updates"])
+        for name, average in self.averages.items():
+            average.check(groups[name])
+        for name, average in self.averages.items():
+            average.fill(int(state["num_updates"]), groups[name])
 
-    def _parameters(self, model: nn.Module) -> list[Tensor]:
-        """The model's averaged parameters, detached, in the order of the average."""
-        named = dict(model.named_parameters())
-        missing = [name for name in self._average if name not in named]
-        if missing:
-            raise ValueError(
-                f"the model has no parameter {missing[0]!r}, which the EMA holds ({len(missing)} missing): pass the "
-                "same model as at construction, without a parallel or compiled wrapper"
-            )
-        return [named[name].detach() for name in self._average]
+    def snapshot(self) -> tuple[int, dict[float, dict[str, Tensor]]]:
+        """Number of updates, and the power-function averages by width, whole and on the CPU: for `SnapshotStore.save`.
+
+        Where parameters are sharded, every process must call it.
+        """
+        widths = {average.sigma_rel: average.state_dict()["parameters"] for average in self.powers.values()}
+        return self.num_updates, {width: whole_state(parameters) for width, parameters in widths.items()}
