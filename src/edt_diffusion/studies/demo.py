@@ -1,6 +1,5 @@
 """`edt demo`: train on real handwritten digits, look at the result, and have it judged."""
 
-import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from ..config import RunConfig, load_config, run_source
 from ..data import ImageDataset, require_classes, stratified_split
 from ..evaluation.judge import PixelJudge, diversity_ratio, memorisation_ratio
 from ..pipelines import ClassConditionalPipeline
-from ..training.log import read_log
+from ..training.curves import draw_curves
+from ..training.lines import read_log
 from ..util.errors import UserError
-from ..util.files import atomic_write_bytes, atomic_write_json
+from ..util.files import atomic_write_json
 from ..util.pictures import beside, grid, save_png
 from ..util.rng import image_seed
 
@@ -72,16 +72,6 @@ def run_demo(folder: Path, overrides: list[str] | None = None, quiet: bool = Fal
     return report
 
 
-def decoder_blocks(model: Any) -> list[int]:
-    """The middle block of each decoder stage, as the authors place AMM in S and B; not on grids too small for it."""
-    depths = model.config.depths
-    return [
-        sum(depths[:stage]) + depths[stage] // 2
-        for stage in range(len(depths) // 2 + 1, len(depths))
-        if min(model.grids[stage]) >= 3
-    ]
-
-
 def _pictures(dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     labels = dataset.labels
     assert labels is not None
@@ -100,7 +90,8 @@ def _judge(
     report: dict[str, Any] = {"judge_accuracy_on_held_out_real_digits": judge.accuracy(unseen, unseen_labels)}
     images: dict[str, np.ndarray] = {}
     results: dict[str, dict[str, float]] = {}
-    amm_blocks = decoder_blocks(pipeline.transformer)
+    suggested = pipeline.transformer.suggested_modulation()
+    amm_blocks = [] if suggested is None else list(suggested.blocks)
     start = time.perf_counter()
     for setting in SETTINGS:
         pipeline.transformer.set_attention_modulation(amm_blocks if setting.amm else None)
@@ -142,26 +133,13 @@ def _judge(
 
 
 def _losses(folder: Path, config: RunConfig) -> dict[str, float]:
-    """Draw the curves of the full and the masked loss, and return their means over the first and last tenth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [line for line in read_log(folder) if "loss" in line]
-    steps = [line["step"] for line in lines]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    """Draw the curves of the run, and return the means of its losses over the first and last tenth of the log."""
+    draw_curves([folder], None, folder / "loss.png")
+    lines = read_log(folder)
     facts = {}
-    tenth = max(1, len(lines) // 10)
     for name in config.objective.passes.split("+"):
-        values = [line[f"loss_{name}"] for line in lines]
-        axes.plot(steps, values, label=f"{name} input", linewidth=1.2)
+        values = [line[f"loss_{name}"] for line in lines if f"loss_{name}" in line]
+        tenth = max(1, len(values) // 10)
         facts[f"loss_{name}_first"] = float(np.mean(values[:tenth]))
         facts[f"loss_{name}_last"] = float(np.mean(values[-tenth:]))
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Loss of the pass with full and with masked input")
-    axes.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120)
-    atomic_write_bytes(folder / "loss.png", drawn.getvalue())
-    pyplot.close(figure)
     return facts

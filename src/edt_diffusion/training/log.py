@@ -1,51 +1,97 @@
-"""What a run tells: JSON lines, TensorBoard, and a progress bar or plain lines."""
+"""What a run records: JSON lines, TensorBoard where it is installed, and the trackers that the user named."""
 
 import json
+import logging
 import math
 import os
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+import numpy as np
 
 from ..util.files import atomic_write_text
+from ..util.pictures import to_pil
+from .lines import lines_until, log_path, read_events, read_log
+from .meters import MeanMetrics
+
+__all__ = ["MeanMetrics", "MetricLog", "read_events", "read_log"]
+
+logger = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """`log.jsonl` of a run, and TensorBoard where it is installed.
+    """`log.jsonl` of a run, and everything that is told the same: TensorBoard where installed, and trackers.
+
+    A tracker that fails (a network that is down, say) is told nothing more; the run goes on.
 
     Args:
         folder: the run folder.
-        start_step: lines of later steps, left by an interrupted process, are dropped.
+        start_step: lines of later steps, left by an interrupted process, are dropped, events included.
+        trackers: accelerate's trackers, started; see `trackers.build_trackers`.
     """
 
-    def __init__(self, folder: Path, start_step: int) -> None:
-        self.path = folder / "log.jsonl"
+    def __init__(self, folder: Path, start_step: int, trackers: Sequence[Any] = ()) -> None:
+        self.folder, self.path = folder, log_path(folder)
+        self._trackers = list(trackers)
+        self._open(start_step)
+
+    def _open(self, step: int) -> None:
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line, start_step) <= start_step]
-            atomic_write_text(self.path, "".join(line + "\n" for line in kept))
-        self._file = self.path.open("a")
+            text = self.path.read_text("utf-8", errors="replace")
+            kept = "".join(line + "\n" for line in lines_until(text, step))
+            if kept != text:
+                atomic_write_text(self.path, kept)
+        self._file = self.path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self._board = None
         else:
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line `{"step": ..., **values}`; what is not finite becomes null, for JSON has no NaN."""
-        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **told}, allow_nan=False) + "\n")
-        self._file.flush()
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._append({"step": step, **{name: finite.get(name) for name in values}})
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        self._tell(lambda tracker: tracker.log(finite, step=step))
+
+    def image(self, name: str, step: int, array: np.ndarray) -> None:
+        """Show a picture, uint8 (H, W, 1) or (H, W, 3), in TensorBoard and in those trackers that take pictures."""
+        if self._board is not None:
+            self._board.add_image(name, array, step, dataformats="HWC")
+
+        def show(tracker: Any) -> None:
+            if hasattr(tracker, "log_images"):
+                picture = to_pil(array)
+                tracker.log_images({name: picture if tracker.name == "aim" else [picture]}, step=step)
+
+        self._tell(show)
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Append one line `{"step": ..., "event": kind, "message": ...}`.
+
+        Args:
+            step: steps made when it happened.
+            kind: one word, as "skip", "rollback" or "spike".
+            message: one sentence for people.
+        """
+        self._append({"step": step, "event": kind, "message": message})
+        if self._board is not None:
+            self._board.add_text("events", f"{kind}: {message}", step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`, to which the run has gone back; tell the event of that afterwards.
+
+        Trackers keep what they were told: none of them can forget.
+        """
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._open(step)
 
     def sync(self) -> None:
         """Flush to the disk, so that lines of a step are there before its checkpoint is."""
@@ -53,89 +99,22 @@ class MetricLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file, TensorBoard and the trackers; may be called twice."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+        self._tell(lambda tracker: tracker.finish())
+        self._trackers = []
 
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
 
-def _step_of(line: str, start_step: int) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return start_step + 1  # half a line, cut off by a kill
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's `log.jsonl`, in order; null is read as NaN."""
-    path = folder / "log.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
-
-
-class MeanMetrics:
-    """Means of the metrics over the steps since they were last read.
-
-    They are summed on the device, so that no step waits for them. A run that was stopped between two lines counts from
-    the step at which it goes on.
-    """
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sum: Tensor | None = None
-        self._steps = 0
-
-    def add(self, parts: list[dict[str, Tensor]]) -> None:
-        """Count one step in; `parts` are the metrics of its micro-batches."""
-        self._names = list(parts[0])
-        values = torch.stack([torch.stack([part[name].float() for name in self._names]) for part in parts]).mean(0)
-        self._sum = values if self._sum is None else self._sum + values
-        self._steps += 1
-
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over steps and processes; begins anew."""
-        if self._sum is None:
-            return {}
-        means = torch.as_tensor(accelerator.reduce(self._sum / self._steps, reduction="mean"))
-        self._sum, self._steps = None, 0
-        return dict(zip(self._names, means.tolist(), strict=True))
-
-
-class ProgressReport:
-    """A progress bar in a terminal, a plain line now and then elsewhere, nothing if `quiet`."""
-
-    def __init__(self, total: int, done: int, quiet: bool = False, every_seconds: float = 15.0) -> None:
-        self._total, self._first, self._quiet = total, done, quiet
-        self._start = self._last = time.monotonic()
-        self._every = every_seconds
-        self._bar: Progress | None = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("", total=total, completed=done, facts="")
-            self._bar.start()
-
-    def step(self, done: int, loss: float | None, images_per_second: float) -> None:
-        """Tell that `done` steps are made; `loss` is None between logged steps."""
-        if self._quiet:
-            return
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done)
-            if loss is not None:
-                self._bar.update(self._task, facts=f"loss {loss:.4f}  {images_per_second:.0f} images/s")
-        elif loss is not None and (time.monotonic() - self._last > self._every or done == self._total):
-            self._last = time.monotonic()
-            left = (self._last - self._start) / max(done - self._first, 1) * (self._total - done)
-            speed = f"{images_per_second:.0f} images/s  {left / 60:.1f} min left"
-            print(f"step {done}/{self._total}  loss {loss:.4f}  {speed}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def _tell(self, call: Callable[[Any], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # of any third party: none is worth a run
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split())
+                logger.warning("tracker %s failed (%s): nothing more is sent to it", tracker.name, reason)
