@@ -3,36 +3,55 @@
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data import DataConfig
 from .models import BACKBONES
-from .objectives.config import ObjectiveConfig, default_masks
+from .objectives import OBJECTIVES
+from .objectives.config import ObjectiveConfig, default_masks, resolved
 from .pipelines import SCHEDULERS
-from .training.config import EMAConfig, OptimizerConfig, TrainConfig
+from .pipelines.schedulers import fitting_schedulers
+from .training.config import OptimizerConfig, TrainConfig
+from .training.ema import EMAConfig
+from .training.finetune import FinetuneConfig
 from .training.record import read_record
 from .training.state import CheckpointStore
+from .training.validation import ValidationConfig
 from .util.errors import UserError
 from .util.lookup import lookup, nearest
 
-# Settings that do not change what is trained: the length of the run, how often it saves and tells.
+# Settings that do not change what is trained: the length of the run, how often it saves and tells, and how the same
+# sums are spread over memory and processes (these may change the last bits).
 _HARMLESS = (
     "train.steps:", "train.log_every:", "train.save_every:", "train.sample_every:", "train.keep_checkpoints:",
-    "samples.", "data.workers:", "data.cache:", "data.verify:", "data.codec_batch:",
+    "train.keep_every:", "train.best_metric:", "train.best_mode:", "train.timestep_bins:", "train.trackers:",
+    "train.micro_batches:", "train.gradient_checkpointing:", "train.joint_passes:", "train.sharding:",
+    "train.deepspeed:", "train.compile:", "samples.", "validation.every:", "validation.pictures:",
+    "validation.batch_size:", "data.workers:", "data.cache:", "data.verify:", "data.codec_batch:",
 )  # fmt: skip
+
+# What of `model:` the pictures decide.
+_OF_PICTURES = ("num_classes", "sample_size", "in_channels")
 
 
 class SamplesConfig(BaseModel):
-    """Pictures made during training, from fixed seeds (`samples:`)."""
+    """Pictures made during training, from fixed seeds (`samples:`).
+
+    Attributes:
+        scheduler: null is "ddim", or "euler" for flow matching.
+        attention_modulation: "auto" makes them twice, without AMM and with it (the published placement, or the middle
+            block of each decoder stage); "off" once, without; "saved" once, as the model's configuration says.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     per_class: int = Field(default=8, ge=1)
     max_classes: int = Field(default=10, ge=1)
-    scheduler: str = "ddim"
+    scheduler: str | None = None
+    attention_modulation: Literal["auto", "off", "saved"] = "auto"
     num_inference_steps: int = Field(default=25, ge=1, le=1000)
     guidance_scale: float = Field(default=2.0, ge=0)
     decode_batch: int = Field(default=16, ge=1)
@@ -40,9 +59,15 @@ class SamplesConfig(BaseModel):
 
     @field_validator("scheduler")
     @classmethod
-    def _known_scheduler(cls, name: str) -> str:
-        lookup(SCHEDULERS, name, "scheduler")
+    def _known_scheduler(cls, name: str | None) -> str | None:
+        if name is not None:
+            lookup(SCHEDULERS, name, "scheduler")
         return name
+
+    @field_validator("attention_modulation", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads it as a boolean
 
 
 class RunConfig(BaseModel):
@@ -57,7 +82,19 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    finetune: FinetuneConfig | None = None
     samples: SamplesConfig = SamplesConfig()
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> "RunConfig":
+        fitting = fitting_schedulers(OBJECTIVES[self.objective.name].prediction_type)
+        if self.samples.scheduler is not None and self.samples.scheduler not in fitting:
+            raise UserError(
+                f"samples.scheduler={self.samples.scheduler} cannot sample a model trained with objective.name="
+                f"{self.objective.name}: choose {' or '.join(fitting)}, or null for the usual one"
+            )
+        return self
 
     @field_validator("model")
     @classmethod
@@ -79,12 +116,13 @@ def presets() -> dict[str, str]:
     return {p.name.removesuffix(".yaml"): p.read_text() for p in folder.iterdir() if p.name.endswith(".yaml")}
 
 
-def load_config(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(source: str | Path, overrides: list[str] | None = None, other_pictures: bool = False) -> RunConfig:
     """Read a configuration.
 
     Args:
         source: a YAML file, or the name of a preset.
         overrides: "key.path=value" strings; values are read as YAML.
+        other_pictures: leave out what a run's own configuration took from its pictures and its origin.
 
     Raises:
         UserError: for a missing file, bad YAML, an unknown key (with the nearest right one) or a value out of range.
@@ -97,6 +135,9 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> RunCo
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping: expected keys such as 'model', 'data' and 'train'")
     tree = {key: value for key, value in tree.items() if value is not None}  # a group with all its keys commented out
+    if other_pictures:
+        tree.pop("finetune", None)
+        tree["model"] = {key: value for key, value in (tree.get("model") or {}).items() if key not in _OF_PICTURES}
     for override in overrides or []:
         _override(tree, override)
     return parse_config(tree)
@@ -149,15 +190,24 @@ def begun_config(folder: Path) -> RunConfig | None:
     return settled(load_config(folder / "config.yaml")) if _holds_run(folder) else None
 
 
-def settled(config: RunConfig, begun: RunConfig | None = None) -> RunConfig:
-    """Put values for nulls that mean "as the run has it": those of the run that is continued, if there is one."""
+def settled(config: RunConfig, begun: RunConfig | None = None, validated: bool = False) -> RunConfig:
+    """Put values for nulls that mean "as the run has it": those of the run that is continued, if there is one.
+
+    Args:
+        config: settings as asked for.
+        begun: those of the run in the folder.
+        validated: whether pictures are held out, on which the best weights can be chosen.
+    """
     first = begun or config
     decay_steps = config.optimizer.decay_steps or first.optimizer.decay_steps or first.train.steps
-    masks = config.objective.masks or first.objective.masks or default_masks(config.model)
+    objective = resolved(config.objective, None if begun is None else begun.objective)
+    masks = objective.masks or first.objective.masks or default_masks(config.model)
+    best = config.train.best_metric or ("val_loss" if validated else None)
     return config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(update={"decay_steps": decay_steps}),
-            "objective": config.objective.model_copy(update={"masks": masks}),
+            "objective": objective.model_copy(update={"masks": masks}),
+            "train": config.train.model_copy(update={"best_metric": best}),
         }
     )
 

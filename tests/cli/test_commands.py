@@ -20,7 +20,7 @@ from edt_diffusion import ClassConditionalPipeline, EDTTransformer2DModel
 from edt_diffusion.convert import to_official
 from edt_diffusion.training.log import read_log
 
-COMMANDS = ("demo", "data", "encode", "train", "sample", "info", "convert")
+COMMANDS = ("demo", "data", "encode", "train", "runs", "plot", "ema", "sample", "info", "convert")
 
 # The paper's sizes: parameters with and without position tables, and multiply-adds in units of 10^9.
 PUBLISHED = {
@@ -193,8 +193,9 @@ def test_output_is_plain_lines_and_the_outcome_comes_last(edt, config, pictures,
     command = ("train", config, "--data", pictures)
     said = edt(*command, "--out", tmp_path / "a")
     assert said.out == [f"trained 4 steps; the model is in {tmp_path / 'a'}"]
-    assert said.err
-    assert all(line.startswith("step ") for line in said.err)
+    assert said.err[0].startswith("memory: about ")
+    assert said.err[1:]
+    assert all(line.startswith("step ") for line in said.err[1:])
     quiet = edt(*command, "--out", tmp_path / "b", "--quiet")
     assert (quiet.out, quiet.err) == ([f"trained 4 steps; the model is in {tmp_path / 'b'}"], [])
 
@@ -309,7 +310,9 @@ def test_in_a_process_of_its_own_a_command_is_free_of_the_libraries_noise(edt_pr
     newest.write_bytes(newest.read_bytes()[:1000])
     said = edt_process("train", run, "train.sample_every=4")
     assert (said.code, said.out) == (0, [f"trained 4 steps; samples and model are in {run}"])
-    warning, progress = said.err
+    warning, memory, resumed, progress = said.err
+    assert memory.startswith("memory: about 0.0 GiB of ")
+    assert resumed == "step 2/4  going on from here"
     assert warning.startswith(str(newest))
     assert warning.endswith("going on from the checkpoint of step 2 instead")
     assert progress.startswith("step 4/4  loss ")
@@ -330,7 +333,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_costs_nothing(edt, run, config, pict
     out, err = process.communicate(timeout=60)
     step = len(read_log(folder))
     assert process.returncode == 0
-    assert out.splitlines() == [f"stopped and saved at step {step}; run the same command again to go on"]
+    assert out.splitlines() == [f"stopped (SIGINT came) and saved at step {step}; run the same command again to go on"]
     assert "Traceback" not in err
     assert os.listdir(folder / "checkpoints") == [f"step-{step:08d}"]
     whole = tmp_path / "whole"

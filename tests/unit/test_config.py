@@ -3,6 +3,7 @@ import re
 from inspect import signature
 
 import pytest
+import torch
 import yaml
 
 from edt_diffusion.config import (
@@ -86,20 +87,25 @@ def test_a_group_whose_keys_are_commented_out_keeps_its_defaults(yaml_file):
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_every_preset_loads_and_its_model_can_be_built(name):
     config = load_config(name)
-    pixels, channels = {"digits": (8, 1), "small-32": (32, 3), "edt-s-256": (256, 3)}[name]
+    latents = re.search(r"-(256|512)(-star)?$", name)
+    pixels = int(latents.group(1)) if latents else {"digits": 8, "small-32": 32}[name]
+    channels = 1 if name == "digits" else 3
     assert (config.data.size, config.data.channels) == (pixels, channels)
     shape = {"sample_size": pixels, "in_channels": channels}
-    if name.endswith("-256"):  # trained on latents
-        shape = {"sample_size": 32, "in_channels": 4}
+    if latents:
+        shape = {"sample_size": pixels // 8, "in_channels": 4}
     arguments = {key: value for key, value in config.model.items() if key not in ("name", "size")}
     build = EDTTransformer2DModel
     size = config.model.get("size")
-    model = build.from_size(size, **shape) if size else build(**arguments, **shape, num_classes=10)
+    with torch.device("meta"):
+        model = build.from_size(size, **shape) if size else build(**arguments, **shape, num_classes=10)
     assert len(default_masks(config.model).down) == len(model.mask_grids)
 
 
 def test_the_shipped_presets_are_these():
-    assert set(presets()) == {"digits", "edt-s-256", "small-32"}
+    paper = [f"edt-{size}-{pixels}" for size in ("s", "b", "xl") for pixels in (256, 512)]
+    unmasked = [f"edt-{size}-256-star" for size in ("s", "b", "xl")]
+    assert set(presets()) == {"digits", "small-32", "card-8gb-256", "cpu-256", *paper, *unmasked}
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
@@ -213,7 +219,7 @@ def test_files_that_hold_no_configuration(tmp_path, yaml_file):
 
 
 def test_a_misspelt_preset_gets_the_right_one_and_a_folder_the_right_option(tmp_path):
-    with pytest.raises(UserError, match=r"'small-23'.*digits, edt-s-256, small-32.*did you mean 'small-32'"):
+    with pytest.raises(UserError, match=r"'small-23'.*digits, edt-b-256.*small-32.*did you mean 'small-32'"):
         load_config("small-23")
     with pytest.raises(UserError, match="--data"):
         load_config(tmp_path)

@@ -60,3 +60,37 @@ def test_disk_full() -> None:
     assert disk_full(RuntimeError("Error while serializing: No space left on device (os error 28)"))
     assert not disk_full(OSError(errno.EACCES, os.strerror(errno.EACCES)))
     assert not disk_full(ValueError("3 left"))
+
+
+FORK = """
+import os, sys, time
+from pathlib import Path
+from edt_diffusion.util.lock import Lock
+lock = Lock(Path(sys.argv[1]), "taken")
+lock.acquire()
+child = os.fork()
+if child == 0:
+    del lock  # must not give back what is the parent's
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_neither_keeps_nor_gives_back_the_lock(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORK, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            with pytest.raises(UserError, match="busy"):
+                Lock(tmp_path, "busy").acquire()
+            holder.kill()
+            holder.wait()
+            with Lock(tmp_path, "busy"):
+                os.kill(child, 0)  # it is still there
+        finally:
+            os.kill(child, 9)

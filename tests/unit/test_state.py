@@ -6,7 +6,8 @@ import torch
 
 from edt_diffusion.training import state as state_module
 from edt_diffusion.training.optim import build_optimizer
-from edt_diffusion.training.state import Checkpoint, CheckpointStore, load_weights, pack_optimizer, unpack_optimizer
+from edt_diffusion.training.parts import load_weights, pack_optimizer, unpack_optimizer
+from edt_diffusion.training.state import Checkpoint, CheckpointStore
 from edt_diffusion.util.errors import UserError
 
 

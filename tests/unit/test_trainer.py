@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,14 @@ from edt_diffusion.assemble import build_trainer
 from edt_diffusion.config import RunConfig, load_config, parse_config
 from edt_diffusion.data import ImageDataset
 from edt_diffusion.objectives.config import default_masks
-from edt_diffusion.training.divergence import scaler_skips
+from edt_diffusion.training.guards import scaler_skips
 from edt_diffusion.training.lock import RunLock
-from edt_diffusion.training.log import MetricLog, read_log
-from edt_diffusion.training.trainer import Trainer
+from edt_diffusion.training.log import MetricLog, read_events, read_log
+from edt_diffusion.training.trainer import Callback, Trainer
 from edt_diffusion.util import files
 from edt_diffusion.util.errors import UserError
 
-CLOCKS = ("seconds", "images_per_second")
+CLOCKS = ("seconds", "images_per_second", "step_seconds", "data_wait_share", "mfu", "memory_gib")
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def log_lines(folder: Path) -> list[dict]:
 def assert_same_run(one: Path, other: Path, step: int) -> None:
     (tensors, numbers), (expected, expected_numbers) = final_state(one, step), final_state(other, step)
     assert tensors.keys() == expected.keys()
-    assert {name.split("/")[0] for name in tensors} == {"model", "ema", "optimizer", "timesteps"}
+    assert {name.split("/")[0] for name in tensors} >= {"model", "ema", "optimizer"}
     assert [name for name in expected if not torch.equal(tensors[name], expected[name])] == []
     assert numbers == expected_numbers
     assert log_lines(one) == log_lines(other)
@@ -165,7 +166,7 @@ def test_a_second_signal_stops_at_once_and_keeps_the_last_save(tmp_path, before)
 def test_no_checkpoint_is_newer_than_the_model_beside_it(tmp_path):
     trainer = trainer_in(tmp_path, train={"steps": 1})
 
-    def killed():
+    def killed(*_arguments):
         raise KeyboardInterrupt
 
     trainer.export = killed
@@ -260,7 +261,7 @@ def test_callbacks_see_the_ema_and_leave_the_training_as_it_was(tmp_path):
     def look(pipeline):
         def call(step):
             model = pipeline.transformer
-            average = trainers[0].ema.state_dict()["parameters"]
+            average = trainers[0].ema.state_dict()["groups"]["ema"]
             named = dict(model.named_parameters())
             seen.append((step, model.training, all(torch.equal(named[k], v) for k, v in average.items())))
             return {"answer": 42.0}
@@ -305,7 +306,7 @@ def test_sample_grids_and_the_model_folder_are_written(tmp_path):
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     exported = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
-    average = trainer.ema.state_dict()["parameters"]
+    average = trainer.ema.state_dict()["groups"]["ema"]
     assert all(torch.equal(exported[name], tensor) for name, tensor in average.items())
 
 
@@ -345,7 +346,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeyp
 def test_a_failed_write_of_another_kind_is_not_blamed_on_a_full_disk(tmp_path):
     trainer = trainer_in(tmp_path, train={"steps": 1})
 
-    def denied():
+    def denied(*_arguments):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     trainer.export = denied
@@ -353,7 +354,7 @@ def test_a_failed_write_of_another_kind_is_not_blamed_on_a_full_disk(tmp_path):
         trainer.fit()
     assert "make room" not in str(caught.value)
 
-    def quota():
+    def quota(*_arguments):
         raise OSError(errno.EDQUOT, "too much of it")
 
     trainer.export = quota
@@ -368,35 +369,120 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.parent.name != "tensorboard"}
 
 
+class Poison:
+    """An objective whose loss is not a number in the steps that `bad` tells, as after a damaged picture."""
+
+    def __init__(self, objective, bad):
+        self.objective, self.timesteps, self.bad, self.calls = objective, objective.timesteps, bad, 0
+
+    def __call__(self, *arguments, step, **options):
+        part = self.objective(*arguments, step=step, **options)
+        self.calls += 1
+        if not self.bad(step):
+            return part
+        nan = float("nan")
+        return replace(part, total=part.total * nan, sampler_loss=part.sampler_loss * nan)
+
+
+def test_a_bad_step_is_left_out_and_nothing_else(tmp_path):
+    trainer = trainer_in(tmp_path, optimizer={"schedule": "constant"})
+    trainer.objective = Poison(trainer.objective, lambda step: step == 2)
+    kept = {}
+
+    def look(step):
+        kept[step] = weights(trainer), trainer.ema.num_updates, trainer.optimizer.param_groups[0]["step"]
+
+    trainer.callbacks.append(Callback(1, lambda step: look(step)))
+    assert trainer.fit()
+    assert [kept[step][1] for step in range(1, 7)] == [1, 2, 2, 3, 4, 5]
+    assert [kept[step][2] for step in range(1, 7)] == [1, 2, 2, 3, 4, 5]
+    assert all(torch.equal(kept[2][0][name], tensor) for name, tensor in kept[3][0].items())
+    assert (trainer.guards.skipped, trainer.guards.in_row, trainer.guards.rollbacks) == (1, 0, 0)
+    assert trainer.objective.timesteps.rejected == 0  # the history never saw it
+    (event,) = read_events(tmp_path)
+    assert (event["step"], event["event"]) == (3, "skip")
+    assert event["message"] == "the loss became nan; the step was left out"
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert read_log(tmp_path)[-1]["skipped_steps"] == 1
+
+
+def test_bad_steps_in_a_row_send_the_run_back_with_a_lower_rate(tmp_path):
+    changes = {"optimizer": {"schedule": "constant", "warmup_steps": 0}, "train": {"save_every": 2, "steps": 8}}
+    changes["train"]["max_skipped_steps"] = 3
+    trainer = trainer_in(tmp_path / "hurt", **changes)
+    trainer.objective = Poison(trainer.objective, lambda step: step >= 5 and not trainer.guards.rollbacks)
+    assert trainer.fit()
+    (event,) = [event for event in read_events(tmp_path / "hurt") if event["event"] == "rollback"]
+    assert event["step"] == 4  # at step 6, a bad one, nothing was saved
+    assert "at step 8: back here, with the learning rate times 0.5 (return 1 of 3)" in event["message"]
+    rates = [line["lr"] for line in read_log(tmp_path / "hurt")]
+    assert rates == pytest.approx([3e-3] * 4 + [1.5e-3] * 4)
+    _, numbers = final_state(tmp_path / "hurt", 8)
+    assert numbers["guards"]["rollbacks"] == 1
+    assert numbers["guards"]["rate_factor"] == 0.5
+    assert numbers["ema_updates"] == 8
+
+
+def test_a_bad_last_step_is_told_from_bad_weights(tmp_path):
+    """The weights are sound: the run ends with them, and saves what the bad step left."""
+    trainer = trainer_in(tmp_path, train={"steps": 4})
+    trainer.objective = Poison(trainer.objective, lambda step: step == 3)
+    assert trainer.fit()
+    assert (trainer.guards.skipped, trainer.guards.rollbacks) == (1, 0)
+    _, numbers = final_state(tmp_path, 4)
+    assert numbers["ema_updates"] == 3
+
+
+def test_weights_in_doubt_are_not_saved_until_a_good_step(tmp_path):
+    trainer = trainer_in(tmp_path, train={"steps": 8, "save_every": 2, "keep_checkpoints": 9})
+    trainer.objective = Poison(trainer.objective, lambda step: step in (3, 4))
+    assert trainer.fit()
+    assert trainer.store.steps() == [2, 5, 6, 8]  # not 4, whose next step would be bad too
+
+
+def test_without_a_checkpoint_the_run_goes_back_to_its_start(tmp_path):
+    changes = {"optimizer": {"schedule": "constant", "warmup_steps": 0}, "train": {"steps": 4}}
+    changes["train"]["max_skipped_steps"] = 2
+    plain = trainer_in(tmp_path / "plain", **{**changes, "optimizer": {**changes["optimizer"], "lr": 1.5e-3}})
+    assert plain.fit()
+    trainer = trainer_in(tmp_path / "hurt", **changes)
+    trainer.objective = Poison(trainer.objective, lambda step: step >= 2 and not trainer.guards.rollbacks)
+    assert trainer.fit()
+    # From the start again at half the rate, with the same draws: bit for bit the run at half the rate.
+    (hurt, _), (expected, _) = final_state(tmp_path / "hurt", 4), final_state(tmp_path / "plain", 4)
+    assert [name for name in expected if not torch.equal(hurt[name], expected[name])] == []
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path, clip):
+def test_a_run_that_stays_bad_ends_before_it_is_saved(tmp_path, clip):
     assert trainer_in(tmp_path, train={"steps": 2}).fit()
     kept = {p: data for p, data in contents(tmp_path).items() if p.name not in ("config.yaml", "log.jsonl")}
-    trainer = trainer_in(tmp_path, optimizer={"lr": 2.0}, train={"save_every": 1, "max_grad_norm": clip})
-    with torch.no_grad():
-        trainer.network.proj_out.weight.fill_(torch.nan)
+    trainer = trainer_in(tmp_path, optimizer={"lr": 2.0}, train={"save_every": 100, "max_grad_norm": clip, "steps": 40})
+    trainer.objective = Poison(trainer.objective, lambda step: True)
     remedy = r"lower train.max_grad_norm \(now 1\)" if clip else "set train.max_grad_norm"
     with pytest.raises(
-        UserError, match=rf"^loss became nan at step 3: lower optimizer.lr \(now 2\) or {remedy}; .* is step 2$"
+        UserError,
+        match=rf"^the loss became nan at step 7, after 3 returns to the last good state: lower optimizer.lr \(now 2\)"
+        rf" or {remedy}; .* is step 2$",
     ):
         trainer.fit()
-    assert trainer.step == 2
+    assert trainer.objective.calls == 4 * 5
     assert {p: p.read_bytes() for p in kept} == kept
-    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
+    assert [line["step"] for line in read_log(tmp_path) if "loss" in line] == [1, 2]
 
 
 def test_a_gradient_that_is_no_number_is_not_applied(tmp_path):
     trainer = trainer_in(tmp_path)
     trainer.network.proj_out.weight.register_hook(lambda gradient: gradient / 0)
     before = weights(trainer)
-    with pytest.raises(UserError, match=r"^the gradient norm became (nan|inf) at step 1: .*has no checkpoint yet$"):
+    with pytest.raises(UserError, match=r"^the gradient norm became (nan|inf) at step 5, .*has no checkpoint yet$"):
         trainer.fit()
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
     assert not (tmp_path / "model").exists()
     assert trainer.store.steps() == []
 
 
-def test_an_update_that_overflows_at_the_last_step_is_not_exported(tmp_path):
+def test_weights_that_overflow_are_not_exported(tmp_path):
     trainer = trainer_in(tmp_path, train={"steps": 1})
     step = trainer.optimizer.step
 
@@ -405,10 +491,27 @@ def test_an_update_that_overflows_at_the_last_step_is_not_exported(tmp_path):
         trainer.network.proj_out.weight.data.fill_(torch.inf)
 
     trainer.optimizer.step = overflow
-    with pytest.raises(UserError, match=r"^the weights became non-finite at step 1: lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"^the weights became non-finite at step 1, after 3 returns"):
         trainer.fit()
     assert not (tmp_path / "model").exists()
     assert trainer.store.steps() == []
+
+
+def test_the_run_survives_one_overflow_of_the_weights(tmp_path):
+    trainer = trainer_in(tmp_path, train={"steps": 3, "save_every": 1})
+    step, calls = trainer.optimizer.step, []
+
+    def overflow_once():
+        step()
+        calls.append(1)
+        if len(calls) == 2:
+            trainer.network.proj_out.weight.data.fill_(torch.inf)
+
+    trainer.optimizer.step = overflow_once
+    assert trainer.fit()
+    assert len(calls) == 4
+    assert trainer.guards.rollbacks == 1
+    assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
 
 
 def test_steps_that_a_loss_scaler_skips_are_not_the_end():
@@ -573,7 +676,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from edt_diffusion.util.errors import UserError
 from test_trainer import trainer_in
-trainer = trainer_in(Path(sys.argv[2]) / "run", train={"steps": 4, "batch_size": 8})
+settings = {"steps": 4, "batch_size": 8, "max_skipped_steps": 1, "max_rollbacks": 0}
+trainer = trainer_in(Path(sys.argv[2]) / "run", train=settings)
 rank, objective = trainer.accelerator.process_index, trainer.objective
 class Poisoned:
     timesteps = objective.timesteps
@@ -601,7 +705,7 @@ def test_all_processes_stop_when_one_diverges(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
-        assert (tmp_path / f"rank{rank}.txt").read_text().startswith("loss became nan at step 2: ")
+        assert (tmp_path / f"rank{rank}.txt").read_text().startswith("the loss became nan at step 2: ")
     assert not (tmp_path / "run" / "model").exists()
 
 

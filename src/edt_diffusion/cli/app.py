@@ -7,8 +7,11 @@ import typer
 from .convert import convert
 from .data import data
 from .demo import demo
+from .ema import ema
 from .encode import encode
 from .info import info
+from .plot import plot
+from .runs import runs
 from .sample import sample
 from .train import train
 
@@ -19,6 +22,9 @@ edt: train, run and judge an image generator (EDT, the Efficient Diffusion Trans
   edt data inspect pictures/                 classes, sizes, duplicates, problems, contact sheets; also verify, convert
   edt encode pictures/ --codec VAE --out lat/  pictures to a latent store, for training at 256 or 512 pixels
   edt train small-32 --data pictures/        train on pictures, one sub-folder per class; run it again to resume
+  edt runs                                   the runs there are, how far they are, how they do
+  edt plot runs/a runs/b                     their curves as a picture
+  edt ema runs/a --sigma-rel 0.1             averaged weights of any length, after the training
   edt sample runs/small-32 --classes a,b     pictures of the classes you name
   edt info EDT-S/2                           size, cost, token grids and attention modulation of a model
   edt convert official.pt folder/            the authors' checkpoints as a diffusers folder
@@ -47,7 +53,7 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
         print(INTRODUCTION, flush=True)
 
 
-for _command in (demo, encode, train, sample, info, convert):
+for _command in (demo, encode, train, runs, plot, ema, sample, info, convert):
     # The last paragraph of a docstring is the example with which the help ends; \b keeps it on its lines.
     _text, _, _example = inspect.getdoc(_command).rpartition("\n\n")  # pyright: ignore[reportOptionalMemberAccess]
     app.command(help=_text, epilog=f"\b\n{_example}")(_command)

@@ -19,3 +19,5 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     # accelerate hands torch's DDP an argument that torch means to rename.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    # Nothing is changed in place on what the network returns, of which a sharded one warns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import local
+
 
 class Adan(torch.optim.Optimizer):
     """Adaptive Nesterov momentum with decoupled, proximal weight decay.
@@ -107,8 +109,15 @@ class Adan(torch.optim.Optimizer):
             if norm is not None and group["max_grad_norm"] > 0:
                 scale = (group["max_grad_norm"] / (norm + group["eps"])).clamp(max=1.0)
                 grads = list(torch._foreach_mul(grads, scale))
+            states = [self._state_of(p, g) for p, g in zip(params, grads, strict=True)]
             update = _update_foreach if group["foreach"] else _update_each
-            update(params, grads, [self._state_of(p, g) for p, g in zip(params, grads, strict=True)], group)
+            # Every element's update is its own: each process of a sharded run makes that of its part.
+            update(
+                [local(p) for p in params],
+                [local(g) for g in grads],
+                [{name: local(value) for name, value in state.items()} for state in states],
+                group,
+            )
         return loss
 
     def _grad_norm(self) -> Tensor | None:

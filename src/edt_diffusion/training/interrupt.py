@@ -1,25 +1,57 @@
-"""Being asked to stop, by Ctrl-C or by a scheduler, without losing work."""
+"""Being asked to stop, by Ctrl-C, by a scheduler that takes the machine back, or by the clock, without losing work."""
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+# SIGUSR1 is what Slurm's --signal is commonly set to before it ends a job, SIGHUP what a closed terminal sends.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+
 
 class StopRequest:
-    """Context manager that turns the first SIGINT or SIGTERM into the flag `requested`; the second acts as usual.
+    """Context manager that turns the first stop signal into the flag `requested`; the second acts at once.
 
-    Outside the main thread nothing is changed: the caller keeps its own handlers.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP are stop signals, SIGHUP not where it is ignored (nohup). The second one ends
+    the process as it would have without this: SIGINT by KeyboardInterrupt, the others by their default action. Outside
+    the main thread nothing is changed: the caller keeps its own handlers.
+
+    Args:
+        seconds: time allowed from `start` on; None is no limit.
+        clock: monotonic seconds.
+
+    Attributes:
+        reason: what asked, for people; empty as long as nothing has.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.reason = ""
+        self._seconds = seconds
+        self._clock = clock
+        self._begun = clock()
         self._before: dict[int, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self.reason)
+
+    def check_clock(self, reserve: float = 0.0) -> None:
+        """Request a stop if the time allowed will be over within `reserve` seconds (what a step and a save take)."""
+        if self._seconds is None or self.requested:
+            return
+        if self._clock() - self._begun + reserve >= self._seconds:
+            self.reason = f"the time allowed, {self._seconds:g} s, is used up"
+
     def __enter__(self) -> "StopRequest":
-        self.requested = False
+        self.reason = ""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for name in _NAMES:
+                number = getattr(signal, name, None)
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                    continue
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -37,4 +69,4 @@ class StopRequest:
                 before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, before)
             signal.raise_signal(number)
-        self.requested = True
+        self.reason = f"{signal.Signals(number).name} came"

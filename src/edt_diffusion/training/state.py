@@ -7,32 +7,35 @@
 
 The folder is written under a temporary name and renamed; a folder whose files do not match its manifest is damaged and
 is passed over in favour of the newest whole one.
+
+A sharded run writes one file of each kind per process, `model.00000-of-00002.safetensors` and so on, with that
+process's rows of every tensor; joined along the first dimension they are the whole, so that a run of any number of
+processes can go on from them.
 """
 
 import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..objectives import TimestepSampler
 from ..util.errors import UserError
-from ..util.files import atomic_directory, atomic_write_json, sha256_file
-from .ema import EMA
+from ..util.files import atomic_directory, atomic_path, atomic_write_json, sha256_file
+from .sharding import is_sharded, local
 
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 _NAME = re.compile(r"^step-(\d+)$")
+_PART = re.compile(r"^(.+?)(\.\d{5}-of-\d{5})?\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class CheckpointStore:
     Args:
         folder: made on the first save.
         keep_last: how many of the newest checkpoints to keep.
+        keep_every: checkpoints of steps that are multiples of it are kept besides; 0 is none.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0) -> None:
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_every = keep_every
         self._reached: int | None = None  # the step loaded or saved last
 
     def steps(self) -> list[int]:
@@ -75,19 +80,35 @@ class CheckpointStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.path(step)
         with atomic_directory(target, replace=True) as folder:
-            for name, tensors in checkpoint.tensors.items():
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                          folder / f"{name}.safetensors")  # fmt: skip
-            atomic_write_json(folder / "state.json", checkpoint.numbers)
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
-            atomic_write_json(folder / "manifest.json", files)
+            _write_tensors(folder, checkpoint, "")
+            _seal(folder, checkpoint)
+        self._drop_old(step)
+        return target
+
+    def save_together(self, step: int, checkpoint: Checkpoint) -> None:
+        """The same of a sharded run: every process calls it and writes its own part.
+
+        Raises:
+            OSError: a process could not write; all of them raise, and nothing is left of the checkpoint.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if rank:
+            _write_part(Path(_told(None)), checkpoint, rank, world)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(self.path(step), replace=True) as folder:
+            _write_part(Path(_told(str(folder.absolute()))), checkpoint, rank, world)
+            _seal(folder, checkpoint)
+        self._drop_old(step)
+
+    def _drop_old(self, step: int) -> None:
         others = [other for other in self.steps() if other != step]
         left = [other for other in others if self._reached is not None and other > self._reached]
         others = [other for other in others if other not in left]
-        for old in [*left, *others[: len(others) - self.keep_last + 1]]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+        old = others[: len(others) - self.keep_last + 1]
+        for other in [*left, *(s for s in old if not self.keep_every or s % self.keep_every)]:
+            shutil.rmtree(self.path(other), ignore_errors=True)
         self._reached = step
-        return target
 
     def damage(self, step: int) -> str | None:
         """None if the checkpoint of `step` is whole, else what is wrong with it."""
@@ -135,125 +156,57 @@ class CheckpointStore:
             UserError: if a file of it cannot be read.
         """
         folder = self.path(step)
-        tensors = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        tensors: dict[str, Tensors] = {}
+        for file in sorted(folder.glob("*.safetensors")):  # of a sharded run in the order of the processes
             try:
-                tensors[file.stem] = load_file(file)
+                part = load_file(file)
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{file} cannot be read ({error}): delete {folder} to use an older checkpoint"
                 ) from None
+            named = _PART.match(file.name)
+            assert named is not None
+            group = tensors.setdefault(named.group(1), {})
+            for name, value in part.items():
+                group[name] = torch.cat([group[name], value]) if name in group else value
         self._reached = step
         return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
 
 
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load a state dict, or say in one line how it differs from the model.
-
-    Raises:
-        UserError: if names or shapes are those of another architecture.
-    """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    if missing or extra or shapes:
-        if shapes:
-            name = min(shapes)
-            detail = f"{name} is {tuple(tensors[name].shape)} there and {tuple(own[name].shape)} in this model"
-        else:
-            detail = f"{(missing or extra)[0]} is {'missing there' if missing else 'not part of this model'}"
-        raise UserError(
-            f"{what} is of another architecture: {len(missing)} tensors missing, {len(extra)} unknown, {len(shapes)} "
-            f"of another shape ({detail}); use the configuration it was trained with"
-        )
-    model.load_state_dict(dict(tensors))
+def _write_tensors(folder: Path, checkpoint: Checkpoint, suffix: str) -> None:
+    for group, tensors in checkpoint.tensors.items():
+        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        with atomic_path(folder / f"{group}{suffix}.safetensors") as file:
+            save_file(plain, file)
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
-    """Split an optimizer's state into tensors and JSON-able numbers."""
-    state = optimizer.state_dict()
-    tensors, numbers = {}, {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
-    return tensors, {"kind": _kind(optimizer), "groups": state["param_groups"], "numbers": numbers}
+def _write_part(folder: Path, checkpoint: Checkpoint, rank: int, world: int) -> None:
+    """Write this process's rows; what is not spread is the first process's."""
+    parts = {
+        group: {name: local(t) for name, t in tensors.items() if rank == 0 or is_sharded(t)}
+        for group, tensors in checkpoint.tensors.items()
+    }
+    problem = ""
+    try:
+        _write_tensors(folder, Checkpoint(parts, {}), f".{rank:05d}-of-{world:05d}")
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    # All hear of it: a process that stopped alone would leave the others waiting for it.
+    problems: list[str] = [""] * world
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise OSError(next(filter(None, problems)))
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, numbers: dict[str, Any]) -> None:
-    """Inverse of `pack_optimizer`, save that settings such as weight decay stay as this optimizer was built.
-
-    Raises:
-        ValueError: if the state is another kind of optimizer's, or of other parameters.
-    """
-    if numbers.get("kind", _kind(optimizer)) != _kind(optimizer):
-        raise ValueError(f"its optimizer state is {numbers['kind']}'s, this run uses {_kind(optimizer)}")
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *numbers["numbers"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    own = optimizer.state_dict()["param_groups"]
-    if len(own) != len(numbers["groups"]):
-        raise ValueError(f"its optimizer has {len(numbers['groups'])} parameter groups, this run's has {len(own)}")
-    progress = ("params", "lr", "step")
-    groups = [{**group, **{name: saved[name] for name in progress if name in saved}}
-              for group, saved in zip(own, numbers["groups"], strict=True)]  # fmt: skip
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def _told(text: str | None) -> str:
+    """The first process's text, in all processes."""
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]
 
 
-def _kind(optimizer: torch.optim.Optimizer) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps optimizers
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The objects of a run that change from step to step, and hence are in its checkpoints."""
-
-    network: torch.nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    timesteps: TimestepSampler
-    scaler: Any | None = None
-
-    def capture(self, step: int, seconds: float) -> Checkpoint:
-        """Everything that a run resumed at `step` needs."""
-        optimizer_tensors, optimizer_numbers = pack_optimizer(self.optimizer)
-        ema, sampler = self.ema.state_dict(), self.timesteps.state_dict()
-        numbers = {
-            "step": step,
-            "seconds": seconds,
-            "ema_updates": ema["num_updates"],
-            "optimizer": optimizer_numbers,
-            "timesteps": {k: v for k, v in sampler.items() if not isinstance(v, np.ndarray)},
-        }
-        if self.scaler is not None:
-            numbers["scaler"] = self.scaler.state_dict()
-        tensors = {
-            "model": self.network.state_dict(),
-            "ema": ema["parameters"],
-            "optimizer": optimizer_tensors,
-            "timesteps": {k: torch.from_numpy(v) for k, v in sampler.items() if isinstance(v, np.ndarray)},
-        }
-        return Checkpoint(tensors, numbers)
-
-    def apply(self, checkpoint: Checkpoint, what: str) -> dict[str, Any]:
-        """Put a checkpoint's content into the objects, and return its numbers.
-
-        Args:
-            checkpoint: as `capture` made it.
-            what: names the checkpoint in error messages.
-
-        Raises:
-            UserError: if it is of another architecture, optimizer or timestep sampler.
-        """
-        load_weights(self.network, checkpoint.tensors["model"], what)
-        numbers = checkpoint.numbers
-        try:
-            self.ema.load_state_dict({"num_updates": numbers["ema_updates"], "parameters": checkpoint.tensors["ema"]})
-            unpack_optimizer(self.optimizer, checkpoint.tensors["optimizer"], numbers["optimizer"])
-            arrays = {k: v.numpy() for k, v in checkpoint.tensors.get("timesteps", {}).items()}
-            self.timesteps.load_state_dict({**numbers["timesteps"], **arrays})
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{what} does not fit this run: {error}") from None
-        if self.scaler is not None and "scaler" in numbers:
-            self.scaler.load_state_dict(numbers["scaler"])
-        return numbers
+def _seal(folder: Path, checkpoint: Checkpoint) -> None:
+    atomic_write_json(folder / "state.json", checkpoint.numbers)
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(folder.iterdir())}
+    atomic_write_json(folder / "manifest.json", files)

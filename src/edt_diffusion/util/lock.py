@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +36,7 @@ class Lock:
         self.shared = shared
         self.active = active and fcntl is not None
         self._descriptor: int | None = None
+        _LOCKS.add(self)
 
     def acquire(self) -> None:
         """Take the lock; nothing happens if this object holds it.
@@ -64,7 +66,7 @@ class Lock:
         """Give the lock back; nothing happens if it is not held. The file stays: removing it would be a race."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None and fcntl is not None:
-            # Closing alone would leave it to a loader process, which was forked with a copy of the descriptor.
+            # Closing alone would leave it to a process of another program's making that has a copy of the descriptor.
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
@@ -80,3 +82,21 @@ class Lock:
 
     def __del__(self) -> None:
         self.release()
+
+    def forget(self) -> None:
+        """Close a forked copy of the descriptor; the lock stays with the process that took it."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _forget_all() -> None:
+    for lock in list(_LOCKS):
+        lock.forget()
+
+
+_LOCKS: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+# A loader process outlives a training process that is killed by some seconds, and would hold its locks as long.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

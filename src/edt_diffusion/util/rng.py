@@ -31,6 +31,7 @@ class Purpose(enum.IntEnum):
     INITIAL_LATENT = 10
     SAMPLER_NOISE = 11
     VALIDATION = 12
+    MODULE = 13  # what a module draws from torch's own generator, such as dropout
 
 
 def stream(seed: int, purpose: Purpose, step: int = 0, position: int = 0, pass_index: int = 0) -> np.random.Generator:
