@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate import tracking
+from accelerate import PartialState, tracking
 from accelerate.tracking import GeneralTracker, register_tracker_class
 from accelerate.utils import is_wandb_available
 
@@ -125,6 +125,7 @@ def wandb(monkeypatch):
     module.config = types.SimpleNamespace(update=lambda values, allow_val_change: module.settings.update(values))
     module.Image = lambda picture: ("image", picture.size, picture.mode)
     monkeypatch.setitem(sys.modules, "wandb", module)
+    PartialState()  # as a trainer's accelerator has; accelerate's trackers ask it which process is the main one
     return module
 
 

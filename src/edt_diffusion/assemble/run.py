@@ -107,6 +107,8 @@ def build_trainer(
             f"objective.masks.down has {len(objective.mask_plan.down)} ranges, the model {len(model.mask_grids)} "
             "down-samplings: give one (low, high) each"
         )
+    if objective.mask_plan is not None and objective.mask_plan.stage0 is not None and not model.mask_grids:
+        raise UserError("objective.masks.stage0 is given, but the model has no down-sampling: leave it out")
 
     accelerator = make_accelerator(config.train)
     device, processes = accelerator.device, accelerator.num_processes
@@ -195,6 +197,9 @@ def _loaders(
 ) -> Callable[[int], Iterator[dict[str, Any]]]:
     """Makes this process's stream of micro-batches from a step on; noise and masks are drawn beside the data."""
     order = make_order(config.data, dataset, config.seed, config.train.batch_size)
+    workers = config.data.workers
+    if workers is None:  # a GPU would wait for the noise; a CPU has no core to spare
+        workers = 0 if accelerator.device.type == "cpu" else 2
     draw = objective.drawer(config.seed, dataset.shape, model.mask_grids, model.null_label is not None)
 
     def make_loader(start_step: int) -> Iterator[dict[str, Any]]:
@@ -208,7 +213,7 @@ def _loaders(
             start_step=start_step,
             micro_batches=config.train.micro_batches,
             flip=config.data.flip,
-            workers=config.data.workers,
+            workers=workers,
             check=None if check is None else check.raise_failure,
             draw=draw,
         )  # pyright: ignore[reportReturnType]

@@ -25,7 +25,8 @@ class DataConfig(BaseModel):
         image_column: of tables.
         split: of a source that has several, such as "train".
         streaming: read a hub's set as a stream instead of downloading it; needs a codec.
-        workers: loader processes; 0 is the training process itself, the faster choice for cached pictures and stores.
+        workers: loader processes, which also draw the noise; 0 is the training process itself. Null is 2 for training
+            on a GPU and 0 on a CPU, where cached pictures and stores need none.
         limit: keep that many pictures, evenly spaced.
         latent_scaling: "codec" applies the autoencoder's own shift and scale, "measured" brings each channel to mean 0
             and deviation 1.
@@ -52,7 +53,7 @@ class DataConfig(BaseModel):
     image_column: str = "image"
     split: str | None = None
     streaming: bool = False
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] | None = None
     limit: PositiveInt | None = None
     latent_scaling: ScalingChoice = "codec"
     shuffle: Literal["auto", "global", "shards"] = "auto"

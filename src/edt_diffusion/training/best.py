@@ -1,15 +1,13 @@
 """The best weights of a run so far, by a logged metric, kept as `best/` in the run folder."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..util.files import atomic_directory, atomic_write_json
-
 
 class Best:
-    """Decides what is best and writes it down.
+    """Decides what is best.
 
     `best/` is a diffusers folder like `model/`, with `best.json` (metric, value, step) in it.
 
@@ -39,13 +37,12 @@ class Best:
             return True
         return value < self.value if self.mode == "min" else value > self.value
 
-    def write(self, step: int, values: Mapping[str, float], export: Callable[[Path], None]) -> None:
-        """Remember the value and let `export` write the weights into a folder that takes the place of the old one."""
+    def taken(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+        """Remember the metric of `values` as the best, and return what `best.json` says of it."""
         assert self.metric is not None
-        self.value, self.step = values[self.metric], step
-        with atomic_directory(self.path, replace=True) as folder:
-            export(folder)
-            atomic_write_json(folder / "best.json", {"metric": self.metric, "value": self.value, "step": step})
+        self.step = step
+        self.value = values.get(self.metric, self.value)  # processes beside the main one may not have it
+        return {"metric": self.metric, "value": self.value, "step": step}
 
     def state(self) -> dict[str, Any] | None:
         """What a resume needs."""

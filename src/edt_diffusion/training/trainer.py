@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..objectives import MaskedTraining, StepLoss
 from ..util.errors import UserError
-from ..util.files import atomic_directory, remove_temporaries
+from ..util.files import atomic_directory, atomic_write_json, remove_temporaries
 from ..util.hardware import memory_name
 from ..util.rng import Purpose, stream
 from .best import Best
@@ -206,9 +206,11 @@ class Trainer:
                 last = self.step == self.config.steps
                 due = self.step % self.config.save_every == 0 or last or stopping
                 # With each save a line too: what a line is the mean of is not in the checkpoint.
-                if self.step % self.config.log_every == 0 or due:
+                if told := self.step % self.config.log_every == 0 or due:
                     values = self._read(means, bins) | {"lr": outcome.rate, "grad_norm": outcome.grad_norm}
                 values |= self._call_back(log)
+                if told or self._due():
+                    self._keep_best(values)
                 if values and log is not None:
                     log.write(self.step, values)
                 console.step(self.step, values or None)
@@ -223,6 +225,8 @@ class Trainer:
                 loader.close()  # pyright: ignore[reportAttributeAccessIssue]
                 loader, stopping = self.make_loader(self.step), False
                 means, bins = MeanMetrics(), TimestepBins(self.config.timestep_bins)
+        if self.best.metric and self.best.value is None and not stopping:
+            console.message(f"no value called {self.best.metric!r} was logged: best/ was not written")
         if self.step and not (self.folder / "model" / "model_index.json").is_file():
             self._write_model(self.folder / "model")  # a kill came between the renames that replace it
 
@@ -320,7 +324,7 @@ class Trainer:
 
     def _call_back(self, log: MetricLog | None) -> dict[str, float]:
         values: dict[str, float] = {}
-        due = [each for each in self.callbacks if each.every and self.step % each.every == 0]
+        due = self._due()
         if not due:
             return values
         main = self.accelerator.is_main_process
@@ -334,18 +338,19 @@ class Trainer:
                     elif log is not None:
                         log.image(name, self.step, value)
             self.accelerator.wait_for_everyone()
-            # What is best is the main process's to say: it alone has all values.
-            better = main and self.best.is_better(values)
-            if self.best.metric and self.parallel.agree(better):
-                self._write_best(values)
         return values
 
-    def _write_best(self, values: Mapping[str, float]) -> None:
-        state = whole_state(self.network.state_dict()) if self.parallel.sharded else None
-        if self.accelerator.is_main_process:
-            with told_by_the_disk(self.step, self.folder):
-                self.best.write(self.step, values, lambda folder: self.export(folder, state))
-        self.accelerator.wait_for_everyone()
+    def _due(self) -> list[Callback]:
+        return [each for each in self.callbacks if each.every and self.step % each.every == 0]
+
+    def _keep_best(self, values: Mapping[str, float]) -> None:
+        """Write the averaged weights as `best/` if these values are the best so far."""
+        # The main process says so: it alone has all values. All know when there are any.
+        if not self.best.metric or not self.parallel.agree(self.best.is_better(values)):
+            return
+        with self.meter.pause():
+            self._write_model(self.best.path, self.best.taken(self.step, values))
+            self.accelerator.wait_for_everyone()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -405,12 +410,15 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.snapshots.save(self.step, updates, averages)
 
-    def _write_model(self, folder: Path) -> None:
+    def _write_model(self, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Write the averaged weights as a diffusers folder, with `facts` as `best.json` in it if there are any."""
         with told_by_the_disk(self.step, self.folder), self._evaluating():
             state = whole_state(self.network.state_dict()) if self.parallel.sharded else None
             if self.accelerator.is_main_process:
                 with atomic_directory(folder, replace=True) as target:
                     self.export(target, state)
+                    if facts is not None:
+                        atomic_write_json(target / "best.json", facts)
 
     def _go_back(self, what: str, log: MetricLog | None, console: Console) -> None:
         """Return to the last good state with a lower learning rate; later lines of the log are dropped.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import weakref
 from pathlib import Path
 from types import TracebackType
@@ -52,8 +53,13 @@ class Lock:
             descriptor = os.open(self.path, os.O_RDONLY | (0 if self.path.is_dir() else os.O_CREAT), 0o666)
         except OSError as error:
             raise UserError(f"{self.path} cannot be opened ({error.strerror}): choose another --out") from None
+        kind = (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, kind)
+            except BlockingIOError:
+                time.sleep(0.05)  # whoever only asks whether it is taken holds it for a moment
+                fcntl.flock(descriptor, kind)
         except BlockingIOError:
             os.close(descriptor)
             raise Busy(self.refusal) from None

@@ -1,0 +1,132 @@
+"""The benchmark of a training step: the plain step is the same step, and every part runs."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "training_step.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("training_step_benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    threads = torch.get_num_threads()
+    spec.loader.exec_module(module)
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules[spec.name]
+
+
+def sides(bench: ModuleType) -> tuple[Any, Any, Any]:
+    """The plain step, ours, and a batch."""
+    model = bench.build_network("tiny")
+    plain, ours = bench.Plain(model, CPU), bench.Ours("tiny", model, CPU)
+    return plain, ours, ours.batches(1, 4)[0]
+
+
+def test_the_plain_step_has_our_loss_gradients_update_and_average(bench):
+    plain, ours, batch = sides(bench)
+    for joint in (False, True):
+        errors = bench.check_equal(plain, ours, batch, joint, strict=True)
+        assert errors["fp32_loss_error"] < 1e-6
+        assert errors["fp32_gradient_error"] < 1e-5
+        assert 1e-6 < errors["bf16_gradient_error"] < 0.05  # bfloat16 has 8 bits
+    assert not all(mask.all() for mask in batch.draws.passes[1].masks.down)
+
+    before = bench.to_official(ours.model)
+    for _ in range(3):  # the difference of gradients counts from the second update on
+        plain.step(batch)
+        ours.step(batch)
+    for found, expected in (
+        (bench.to_official(ours.model), dict(plain.net.named_parameters())),
+        (bench.to_theirs(bench.key_map(bench.TINY["depths"]), averages(ours)), plain.average),
+    ):
+        # The updates themselves agree, not only the weights that they hardly change.
+        moved = {name: value.detach() - before[name] for name, value in expected.items()}
+        ours_moved = {name: found[name] - before[name] for name in expected}
+        assert bench.relative({n: ours_moved[n] for n in moved}, moved) < 1e-3
+
+
+def averages(ours: Any) -> dict[str, torch.Tensor]:
+    return {**ours.model.state_dict(), **ours.ema.main.state_dict()["parameters"]}
+
+
+@pytest.mark.parametrize("part", ["plain", "ours"])
+def test_a_difference_between_the_steps_is_refused(bench, part):
+    plain, ours, batch = sides(bench)
+    with torch.no_grad():
+        if part == "plain":
+            plain.net.blocks[0].attn.rel_pos_bias["relative_position_bias_table"].mul_(1.5)
+        else:
+            ours.model.norm_out.modulation.linear.bias.add_(0.01)
+    with pytest.raises(AssertionError, match="fp32_gradient_error"):
+        bench.check_equal(plain, ours, batch, False, strict=True)
+
+
+def test_every_figure_is_told_with_its_goal(bench, tmp_path):
+    told = tmp_path / "told.json"
+    bench.main([
+        "--size", "tiny", "--batch", "2", "--repeats", "3", "--windows", "1", "--device", "cpu",
+        "--only", "fp32,bf16,passes,overhead", "--json", str(told),
+    ])  # fmt: skip
+    results = json.loads(told.read_text())
+    assert results["machine"]["threads"] == 1
+    assert results["machine"]["torch"] == torch.__version__
+    assert set(results["step_seconds"]) == {"plain", "fp32", "fp32 joint", "bf16", "bf16 joint"}
+    for name in ("fp32_speedup", "bf16_speedup", "joint_speedup_fp32", "joint_speedup_bf16", "engine_overhead"):
+        low, high = results["spread"][name]
+        assert low <= results[name] <= high
+        assert math.isfinite(results[name])
+    assert results["engine_overhead"] > -1
+    assert results["engine_overhead_bf16"] > -1
+    for name, better in (("fp32_speedup", True), ("bf16_speedup", True), ("engine_overhead", False)):
+        sign, bound = bench.GOALS[name]
+        assert results["goals"][name] == {
+            "goal": f"{sign} {bound}",
+            "reached": (results[name] >= bound) if better else (results[name] < bound),
+        }
+
+
+def test_steps_are_timed_in_turn(bench):
+    made: list[tuple[str, int]] = []
+    steps = {name: lambda repeat, name=name: made.append((name, repeat)) for name in "abc"}
+    seconds = bench.interleaved(steps, 3, CPU)
+    assert "".join(name for name, _ in made) == "abc" + "abc" + "bca" + "cab"
+    assert [repeat for _, repeat in made] == [0, 0, 0] + [0] * 3 + [1] * 3 + [2] * 3
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_the_part_for_gpus_runs_on_a_cpu(bench, monkeypatch):
+    monkeypatch.setattr(bench, "WINDOW_SECONDS", 0.05)
+    results = bench.main([
+        "--only", "gpu", "--gpu-sizes", "tiny", "--largest-batch", "4", "--repeats", "2", "--device", "cpu",
+    ])["gpu"]["tiny"]  # fmt: skip
+    assert results["batch"] == results["plain_batch"] == 4
+    assert results["speedup"] == results["images_per_second"] / results["plain_images_per_second"]
+    model = bench.build_network("tiny")
+    per_image = 2 * 3 * 2 * sum(model.multiply_adds().values())  # two passes, backward twice the forward
+    achieved = results["images_per_second"] * per_image
+    assert results["utilisation"] == pytest.approx(achieved / (results["matmul_peak_tflops"] * 1e12))
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_fresh_processes(bench):
+    arguments = bench.parse_arguments(["--size", "tiny", "--batch", "64", "--device", "cpu"])
+    results = bench.memory(arguments)
+    assert list(results["memory"]) == ["none", "all stages", "stages 0 and 4"]
+    for entry in results["memory"].values():
+        assert entry["peak_mib"] == pytest.approx(entry["estimated_mib"], rel=0.5)
+    assert 0 < results["checkpointing_saves_two_stages"] < 1
+    assert 0 < results["checkpointing_saves"] < 1
