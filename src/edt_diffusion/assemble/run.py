@@ -1,6 +1,7 @@
 """A training run, from the pictures to the loop. Read it from top to bottom to see how data flow."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,7 @@ def build_trainer(
     Raises:
         UserError: for anything the user can put right; nothing has been written then.
     """
+    quiet = quiet or int(os.environ.get("RANK", "0")) > 0  # one process of a job speaks for all
     refuse_unsupported(config.train)
     check_trackers(config.train.trackers)
     if dataset is None:
@@ -117,8 +119,7 @@ def build_trainer(
         config = budget.fitted(config, model, device, processes)
     if begun is not None and not allow_changes:
         refuse_changes(begun, config, folder)
-    tells = not quiet and accelerator.is_main_process
-    needed = budget.memory_lines(config, model, device, processes) if tells else []
+    needed = [] if quiet else budget.memory_lines(config, model, device, processes)
     if vae is not None:
         vae.to(device)
     check = _integrity_check(config, dataset, accelerator)

@@ -82,11 +82,13 @@ def train(
     trainer.accelerator.end_training()
     if not main_process:
         return
-    facts = {"folder": str(folder), "step": trainer.step, "seconds": round(trainer.seconds, 1), "finished": finished}
+    facts = {"folder": str(folder), "step": trainer.saved_at, "seconds": round(trainer.seconds, 1), "finished": finished}
     wanted = config.train.steps
     if not finished:
         why = f" ({trainer.stop.reason})" if trainer.stop.reason else ""
-        message = f"stopped{why} and saved at step {trainer.step}; run the same command again to go on"
+        # After bad steps the last good state is an earlier one.
+        saved = f"and saved at step {trainer.saved_at}" if trainer.saved_at else "before anything was saved"
+        message = f"stopped{why} {saved}; run the same command again to go on"
     elif first > wanted:
         message = f"the run has {first} steps already, train.steps={wanted} adds none; it stays as it is in {folder}"
     else:
