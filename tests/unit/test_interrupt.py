@@ -34,6 +34,19 @@ def test_the_second_signal_ends_the_process_as_it_would_have(name):
     assert done.stdout == ""
 
 
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    now = [10.0]
+    with StopRequest(clock=lambda: now[0]) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 2.9
+        signal.raise_signal(signal.SIGINT)  # else a KeyboardInterrupt
+        assert stop.reason == "SIGTERM came"
+        now[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_hang_up_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:

@@ -1,8 +1,10 @@
 """What a run will take: memory before it starts, and how its batch is cut to fit."""
 
+import os
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..config import RunConfig
 from ..training.memory import MemoryEstimate, available_memory, estimate_training_memory, fitting_micro_batches
@@ -21,11 +23,12 @@ def joint_passes(config: RunConfig, device: torch.device) -> bool:
     return device.type != "cpu" or config.train.sharding != "none"
 
 
-def estimate(config: RunConfig, model: Any, device: torch.device, local_batch: int, micro: int) -> MemoryEstimate:
-    """Memory of one process that trains `model` with `micro` micro-batches."""
-    return estimate_training_memory(
+def estimate(config: RunConfig, model: Any, device: torch.device, processes: int, micro: int) -> MemoryEstimate:
+    """Memory of one of the processes that train `model` with `micro` micro-batches."""
+    local = config.train.batch_size // processes
+    whole = estimate_training_memory(
         model,
-        batch=-(-local_batch // micro),
+        batch=-(-local // micro),
         passes=len(config.objective.passes.split("+")),
         joint=joint_passes(config, device),
         precision=config.train.mixed_precision,
@@ -35,23 +38,33 @@ def estimate(config: RunConfig, model: Any, device: torch.device, local_batch: i
         checkpointing=config.train.gradient_checkpointing,
         device=device.type,
     )
+    return whole if config.train.sharding == "none" else whole.spread(processes)
 
 
-def fitted(config: RunConfig, model: Any, device: torch.device, processes: int) -> RunConfig:
+def free_memory(device: torch.device) -> int:
+    """Bytes for this process: processes of one machine share what a CPU has."""
+    sharers = 1 if device.type != "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available_memory(device) // sharers
+
+
+def fitted(config: RunConfig, model: Any, accelerator: Accelerator) -> RunConfig:
     """The settings with as few micro-batches as fit into the memory that is free (`--batch auto`).
 
     The global batch, and with it what is learned, stays.
     """
+    device, processes = accelerator.device, accelerator.num_processes
     local = config.train.batch_size // processes
-    micro = fitting_micro_batches(estimate(config, model, device, local, 1).at, local, available_memory(device))
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batches": micro})})
+    micro = fitting_micro_batches(estimate(config, model, device, processes, 1).at, local, free_memory(device))
+    # All processes must cut their share alike, and the fullest device decides.
+    found = torch.as_tensor(accelerator.gather(torch.tensor([micro], device=device)))
+    train = config.train.model_copy(update={"micro_batches": int(found.max())})
+    return config.model_copy(update={"train": train})
 
 
 def memory_lines(config: RunConfig, model: Any, device: torch.device, processes: int) -> list[str]:
-    """What the run will take, for people, and a warning if that is more than there is."""
-    local = config.train.batch_size // processes
-    needed = estimate(config, model, device, local, config.train.micro_batches)
-    free = available_memory(device)
+    """What the run will take in each process, for people, and a warning if that is more than there is."""
+    needed = estimate(config, model, device, processes, config.train.micro_batches)
+    free = free_memory(device)
     lines = [f"memory: about {needed.total / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"]
     if needed.total > free:
         remedy = "try --batch auto, train.gradient_checkpointing=true or train.mixed_precision=bf16"

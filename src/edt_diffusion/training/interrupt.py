@@ -1,11 +1,16 @@
 """Being asked to stop, by Ctrl-C, by a scheduler that takes the machine back, or by the clock, without losing work."""
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+# A launcher passes on a signal that its processes may have had from the scheduler already: within so many seconds that is
+# no second one.
+_PASSED_ON = 3.0
 
 # SIGUSR1 is what Slurm's --signal is commonly set to before it ends a job, SIGHUP what a closed terminal sends.
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -15,8 +20,9 @@ class StopRequest:
     """Context manager that turns the first stop signal into the flag `requested`; the second acts at once.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP are stop signals, SIGHUP not where it is ignored (nohup). The second one ends
-    the process as it would have without this: SIGINT by KeyboardInterrupt, the others by their default action. Outside
-    the main thread nothing is changed: the caller keeps its own handlers.
+    the process as it would have without this: SIGINT by KeyboardInterrupt, the others by their default action. In a
+    process that torchrun started, which passes on what a scheduler may have sent to all, one within three seconds of
+    the first is taken for the same. Outside the main thread nothing is changed: the caller keeps its own handlers.
 
     Args:
         seconds: time allowed from `start` on; None is no limit.
@@ -32,6 +38,8 @@ class StopRequest:
         self._clock = clock
         self._begun = clock()
         self._before: dict[int, Any] = {}
+        self._first = 0.0
+        self._pause = _PASSED_ON if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     @property
     def requested(self) -> bool:
@@ -64,9 +72,12 @@ class StopRequest:
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.requested:
+            if self._clock() - self._first < self._pause:
+                return
             before = self._before[number]
             if before in (None, signal.SIG_IGN):  # a process started in the background ignores Ctrl-C
                 before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, before)
             signal.raise_signal(number)
+        self._first = self._clock()
         self.reason = f"{signal.Signals(number).name} came"

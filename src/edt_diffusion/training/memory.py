@@ -57,6 +57,11 @@ class MemoryEstimate:
         """The estimate for micro-batches of another size."""
         return replace(self, batch=batch)
 
+    def spread(self, processes: int) -> "MemoryEstimate":
+        """The estimate of one of so many processes among which weights and what goes with them are spread (FSDP2)."""
+        names = ("weights", "gradients", "optimizer", "ema", "update")
+        return replace(self, **{name: -(-getattr(self, name) // processes) for name in names})
+
     def lines(self) -> list[str]:
         """For people."""
         parts = {
