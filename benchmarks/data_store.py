@@ -290,7 +290,7 @@ def waiting(folder: Path, batch: int, steps: int) -> dict[str, float]:
         "train": {"steps": steps, "batch_size": batch, "sample_every": 0, "log_every": 1000, "save_every": steps + 1},
     }
     # The store names no autoencoder: none is needed to time the steps.
-    import edt_diffusion.assemble as assemble
+    import edt_diffusion.assemble.run as assemble
 
     assemble.open_codec = lambda *_: None
     trainer = build_trainer(parse_config(tree), folder / "run", quiet=True)
@@ -308,7 +308,7 @@ def waiting(folder: Path, batch: int, steps: int) -> dict[str, float]:
             yield found
 
     trainer.make_loader = timed
-    trainer._save = lambda log: setattr(trainer, "saved_at", trainer.step)
+    trainer.saving.save = lambda step, seconds: setattr(trainer.saving, "saved_at", step)
     trainer.fit()
     spent = marks[-1] - marks[0]  # whole steps, each with the wait for the next batch
     return {"wait_share": sum(waited[2:]) / spent, "step_seconds": spent / (len(marks) - 1), "train_batch": batch}

@@ -26,6 +26,8 @@ neighbours; `spread` has their quartiles. By default one thread is used.
 """
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import math
@@ -39,12 +41,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
 from edt_diffusion import EDTTransformer2DModel
@@ -56,7 +59,7 @@ from edt_diffusion.convert.official_edt import key_map, to_official
 from edt_diffusion.data import ImageDataset
 from edt_diffusion.models.edt import SIZES
 from edt_diffusion.models.masking import TokenMasks
-from edt_diffusion.objectives.config import build_objective
+from edt_diffusion.objectives.config import build_objective, default_masks
 from edt_diffusion.objectives.draws import HostDraws, StepDraws
 from edt_diffusion.training.adan import Adan
 from edt_diffusion.training.ema import EMAConfig, EMASet
@@ -77,6 +80,7 @@ TINY = {"sample_size": 16, "num_classes": 10, "depths": (1,) * 5, "dims": (16, 2
 LR, BETAS, EPS, DECAY = 1e-4, (0.98, 0.92, 0.99), 1e-8, 0.9999
 SEED = 0
 LOG_EVERY = 10
+WINDOW_SECONDS = 1.0  # of the gpu part
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -88,30 +92,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device = torch.device(arguments.device)
     results: dict[str, Any] = {"machine": machine(device), "size": arguments.size, "batch": arguments.batch}
     results |= {"repeats": arguments.repeats, "spread": {}}
-    if {"fp32", "bf16", "passes"} & set(arguments.only):
-        compare_steps(results, arguments, device)
-    if "overhead" in arguments.only:
-        for precision, suffix in (("no", ""), ("bf16", "_bf16")):
-            told, spread = engine_overhead(arguments.size, arguments.batch, arguments.windows, precision, device)
-            results |= {f"{name}{suffix}": value for name, value in told.items()}
-            results["spread"][f"engine_overhead{suffix}"] = spread
-    if "memory" in arguments.only:
-        results |= memory(arguments)
-    if "gpu" in arguments.only:
-        results["gpu"] = {size: utilisation(size, arguments, device) for size in arguments.gpu_sizes}
-        if xl := results["gpu"].get("XL"):
-            results |= {"xl_utilisation": xl["utilisation"], "xl_speedup": xl["speedup"]}
-    results["goals"] = {
-        name: {"goal": f"{sign} {bound}", "reached": results[name] >= bound if sign == ">=" else results[name] < bound}
-        for name, (sign, bound) in GOALS.items()
-        if name in results and (name != "bf16_speedup" or device.type == "cpu")
-    }
+    for part in (compare_steps, trainer_overhead, memory, gpus):
+        part(results, arguments, device)
+        results["goals"] = {
+            name: {
+                "goal": f"{sign} {bound}",
+                "reached": results[name] >= bound if sign == ">=" else results[name] < bound,
+            }
+            for name, (sign, bound) in GOALS.items()
+            if name in results and (name != "bf16_speedup" or device.type == "cpu")
+        }
+        if arguments.json not in (None, "-"):  # after each part: the next ones take minutes
+            Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
     if arguments.json == "-":
         print(json.dumps(results, indent=2))
-        return results
-    tell(results)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
+    else:
+        tell(results)
     return results
 
 
@@ -133,7 +129,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=12, help="interleaved timings of each kind of step")
     parser.add_argument(
-        "--windows", type=int, default=5, help=f"of {LOG_EVERY} trainer steps and {LOG_EVERY} bare ones"
+        "--windows", type=int, default=4, help=f"of {LOG_EVERY} trainer steps and {LOG_EVERY} bare ones"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument("--threads", type=int, default=1)
@@ -191,12 +187,14 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 class Attention(nn.Module):
+    index: Tensor
+
     def __init__(self, dim: int, heads: int, side: int) -> None:
         super().__init__()
         self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.rel_pos_bias = nn.Module()
-        self.rel_pos_bias.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, heads))
+        table = nn.Parameter(torch.empty((2 * side - 1) ** 2, heads))
+        self.rel_pos_bias = nn.ParameterDict({"relative_position_bias_table": table})
         row, column = np.divmod(np.arange(side * side), side)
         index = (row[:, None] - row + side - 1) * (2 * side - 1) + column[:, None] - column + side - 1
         self.register_buffer("index", torch.from_numpy(index), persistent=False)
@@ -205,7 +203,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        bias = self.rel_pos_bias.relative_position_bias_table[self.index.view(-1)]
+        bias = self.rel_pos_bias["relative_position_bias_table"][self.index.view(-1)]
         bias = bias.view(tokens, tokens, self.heads).permute(2, 0, 1).contiguous()
         scores = (q * self.scale) @ k.transpose(-2, -1) + bias.unsqueeze(0)
         out = scores.softmax(dim=-1) @ v
@@ -232,18 +230,19 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, side: int, width: int) -> None:
         super().__init__()
         self.attn = Attention(dim, heads, side)
-        self.mlp = nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
         self.adaLN_modulation = condition(width, 6 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(scaled_norm(x, shift1, scale1))
-        hidden = F.gelu(self.mlp.fc1(scaled_norm(x, shift2, scale2)), approximate="tanh")
-        return x + gate2.unsqueeze(1) * self.mlp.fc2(hidden)
+        hidden = F.gelu(self.mlp["fc1"](scaled_norm(x, shift2, scale2)), approximate="tanh")
+        return x + gate2.unsqueeze(1) * self.mlp["fc2"](hidden)
 
 
 class Down(nn.Module):
+    pos_embed: Tensor
+
     def __init__(self, dim: int, out: int, side: int, width: int) -> None:
         super().__init__()
         self.adaLN_modulation = condition(width, 8 * dim)
@@ -271,6 +270,8 @@ class Up(nn.Module):
 
 
 class Concat(nn.Module):
+    pos_embed: Tensor
+
     def __init__(self, dim: int, side: int, width: int) -> None:
         super().__init__()
         self.adaLN_modulation = condition(width, 4 * dim)
@@ -285,6 +286,8 @@ class Concat(nn.Module):
 class PlainEDT(nn.Module):
     """The class-conditional network on a square grid, as plainly as it can be written, with the weights of `model`."""
 
+    pos_embed: Tensor
+
     def __init__(self, model: EDTTransformer2DModel) -> None:
         super().__init__()
         config = model.config
@@ -292,13 +295,12 @@ class PlainEDT(nn.Module):
         sides = [grid[0] for grid in model.grids]
         self.halves = len(dims) // 2
         self.masked_block = min(4, self.depths[0] - 1)
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv2d(config.in_channels, width, self.patch, stride=self.patch)
+        patches = nn.Conv2d(config.in_channels, width, self.patch, stride=self.patch)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
         self.register_buffer("pos_embed", torch.empty(1, sides[0] ** 2, width))
-        self.t_embedder = nn.Module()
-        self.t_embedder.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.y_embedder = nn.Module()
-        self.y_embedder.embedding_table = nn.Embedding(config.num_classes + 1, width)
+        mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, width)})
         self.blocks = nn.ModuleList(
             Block(dim, heads, side, width)
             for dim, heads, side, depth in zip(dims, config.num_heads, sides, self.depths, strict=True)
@@ -309,17 +311,16 @@ class PlainEDT(nn.Module):
         ups = range(self.halves + 1, len(dims))
         self.up_blocks = nn.ModuleList(Up(dims[stage - 1], dims[stage]) for stage in ups)
         self.concat_blocks = nn.ModuleList(Concat(dims[stage], sides[stage], width) for stage in ups)
-        self.final_layer = nn.Module()
-        self.final_layer.adaLN_modulation = condition(width, 2 * dims[-1])
-        self.final_layer.linear = nn.Linear(dims[-1], self.patch**2 * model.out_channels)
+        linear = nn.Linear(dims[-1], self.patch**2 * model.out_channels)
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": condition(width, 2 * dims[-1]), "linear": linear})
         self.load_state_dict(to_official(model))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, masks: TokenMasks | None = None) -> Tensor:
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=x.device) / 128)
         angles = t[:, None].float() * frequencies
-        c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
-        c = c + self.y_embedder.embedding_table(labels)
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        c = self.t_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], dim=-1))
+        c = c + self.y_embedder["embedding_table"](labels)
+        x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed
         skips, blocks = [], iter(self.blocks)
         for stage, depth in enumerate(self.depths):
             if stage < self.halves:
@@ -334,7 +335,8 @@ class PlainEDT(nn.Module):
                 x = next(blocks)(x, c)
             if stage < self.halves:
                 x = self.down_blocks[stage](x, c, None if masks is None else masks.down[stage])
-        x = self.final_layer.linear(scaled_norm(x, *self.final_layer.adaLN_modulation(c).chunk(2, dim=1)))
+        x = scaled_norm(x, *self.final_layer["adaLN_modulation"](c).chunk(2, dim=1))
+        x = self.final_layer["linear"](x)
         batch, tokens, _ = x.shape
         side = math.isqrt(tokens)
         x = x.view(batch, side, side, self.patch, self.patch, -1).permute(0, 5, 1, 3, 2, 4)
@@ -475,9 +477,10 @@ class Ours:
     """The step as the trainer makes it, and its state."""
 
     def __init__(self, size: str, model: EDTTransformer2DModel, device: torch.device) -> None:
-        self.model, self.device = model.to(device), device
+        self.model, self.device = model, device
+        cast(nn.Module, model).to(device)
         config = config_of(size, 1)
-        self.objective = build_objective(parse_masks(config), learn_sigma=True)
+        self.objective = build_objective(objective_of(config), learn_sigma=True)
         self.optimizer = Adan(model.parameters(), lr=LR, betas=BETAS, eps=EPS)
         self.ema = EMASet(model, EMAConfig(decay=DECAY, warmup=False))
 
@@ -521,10 +524,8 @@ class Ours:
         return float(loss.detach()), to_theirs(key_map(self.model.config.depths), held)
 
 
-def parse_masks(config: RunConfig) -> Any:
+def objective_of(config: RunConfig) -> Any:
     """The objective with the masks published for the size."""
-    from edt_diffusion.objectives.config import default_masks
-
     return config.objective.model_copy(update={"masks": default_masks(config.model)})
 
 
@@ -577,6 +578,8 @@ def interleaved(steps: dict[str, Callable[[int], None]], repeats: int, device: t
 
 def compare_steps(results: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
     """Fill in the speeds of our step against the plain one, and of one doubled batch against two passes."""
+    if not {"fp32", "bf16", "passes"} & set(arguments.only):
+        return
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as the authors trained
     model = build_network(arguments.size)
@@ -639,16 +642,23 @@ class _MeasuredEnough(Exception):
     pass
 
 
+def trainer_overhead(results: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
+    """Fill in what the trainer adds to a step in float32 and in bfloat16."""
+    if "overhead" not in arguments.only:
+        return
+    for precision, suffix in (("no", ""), ("bf16", "_bf16")):
+        told, spread = engine_overhead(arguments.size, arguments.batch, arguments.windows, precision, device)
+        results |= {f"{name}{suffix}": value for name, value in told.items()}
+        results["spread"][f"engine_overhead{suffix}"] = spread
+
+
 def engine_overhead(
     size: str, batch: int, windows: int, precision: str, device: torch.device
 ) -> tuple[dict[str, float], list[float]]:
-    """Steps of the real trainer, each after a bare step on the same objects; and the quartiles over the windows.
+    """Steps of the real trainer between bare steps on the same objects; and the quartiles over the steps.
 
-    The bare steps run where the trainer asks for its next batch, and are not counted as its own. A window has as many
-    steps of either kind as there are from one log line to the next.
+    The bare steps run where the trainer asks for its next batch, and are not counted as its own.
     """
-    if torch.device(device).type == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     AcceleratorState._reset_state(reset_partial_state=True)  # or a second precision would be refused
     precision_of_products = "high" if device.type == "cuda" else "highest"
     config = config_of(size, batch, mixed_precision=precision, matmul_precision=precision_of_products)
@@ -658,7 +668,8 @@ def engine_overhead(
     data = Latents(shape, model.config.num_classes)
     trained, bare = [], []
     with tempfile.TemporaryDirectory(prefix="edt-training-step-") as folder:
-        trainer = build_trainer(config, Path(folder) / "run", data, quiet=True)
+        with patch_environment(accelerate_use_cpu=device.type == "cpu"):
+            trainer = build_trainer(config, Path(folder) / "run", data, quiet=True)
         network, objective = trainer.network, trainer.objective
         optimizer = trainer.optimizer.optimizer  # accelerate's wrapper is part of the engine
         make_loader = trainer.make_loader
@@ -668,16 +679,18 @@ def engine_overhead(
         draws = objective.finish(given["draws"], labels, network.null_label).to(x0.device)
 
         def bare_step() -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                loss = objective.loss_of(network, x0, draws).total
-            loss.backward()
-            optimizer.step()
-            trainer.ema.update(network)
-            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, enabled=False):  # whatever the trainer has on where it asks for a batch
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                    loss = objective.loss_of(network, x0, draws).total
+                torch.clear_autocast_cache()  # inside another autocast the end of one does not
+                loss.backward()
+                optimizer.step()
+                trainer.ema.update(network)
+                optimizer.zero_grad(set_to_none=True)
 
         def stream(start_step: int) -> Iterator[Any]:
             loader, begun = make_loader(start_step), None
-            for step in range(windows * LOG_EVERY + 2):
+            for _ in range(windows * LOG_EVERY + 2):
                 wait(device)
                 if begun is not None:
                     trained.append(time.perf_counter() - begun)
@@ -687,31 +700,36 @@ def engine_overhead(
             raise _MeasuredEnough
 
         trainer.make_loader = stream
-        try:
+        with contextlib.suppress(_MeasuredEnough):
             trainer.fit()
-        except _MeasuredEnough:
-            pass
     AcceleratorState._reset_state(reset_partial_state=True)
-    # The first step of either kind makes the optimizer's state and picks kernels.
-    trained, bare = np.array(trained[1:]), np.array(bare[1:-1])
-    shares = trained.reshape(-1, LOG_EVERY).sum(1) / bare.reshape(-1, LOG_EVERY).sum(1) - 1
-    spread = quartiles(shares)
-    told = {"engine_overhead": spread[1], "trainer_step_seconds": float(np.median(trained))}
-    return told, [spread[0], spread[2]]
+    if len(trained) <= windows * LOG_EVERY:
+        raise SystemExit("stopped before enough steps of the trainer were timed")
+    # The first step makes the optimizer's state and picks kernels. Each other one against the bare ones around it.
+    shares = [2 * trained[k] / (bare[k] + bare[k + 1]) - 1 for k in range(1, len(trained))]
+    logged = shares[LOG_EVERY - 2 :: LOG_EVERY]
+    plain = [share for k, share in enumerate(shares) if k % LOG_EVERY != LOG_EVERY - 2]
+    # Of every ten steps one writes a line; medians, for a mean would be one of what else the machine does.
+    extra = (statistics.median(logged) - statistics.median(plain)) / LOG_EVERY
+    spread = quartiles(plain)
+    told = {"engine_overhead": spread[1] + extra, "trainer_step_seconds": statistics.median(trained[1:])}
+    return told, [spread[0] + extra, spread[2] + extra]
 
 
 # Memory
 
 
-def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peaks of a step without and with gradient checkpointing, each in a fresh process."""
+def memory(results: dict[str, Any], arguments: argparse.Namespace, _device: torch.device) -> None:
+    """Fill in the peaks of a step without and with gradient checkpointing, each in a fresh process."""
+    if "memory" not in arguments.only:
+        return
     last = len((TINY if arguments.size == "tiny" else SIZES[arguments.size])["depths"]) - 1
     found = {}
     for name, stages in (("none", False), ("all stages", True), (f"stages 0 and {last}", [0, last])):
         wanted = {"size": arguments.size, "batch": arguments.batch, "checkpointing": stages, "device": arguments.device}
         command = [sys.executable, str(Path(__file__).resolve()), "--threads", str(arguments.threads)]
         # Blocks of freed memory that glibc keeps would hide what a step takes.
-        given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        given_back = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
         ran = subprocess.run(
             [*command, "--child", json.dumps(wanted)],
             env=os.environ | given_back, capture_output=True, text=True, check=False,
@@ -720,11 +738,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
             raise RuntimeError(f"the process that measures memory failed:\n{ran.stderr}")
         found[name] = json.loads(ran.stdout.splitlines()[-1])
     peaks = [entry["peak_mib"] for entry in found.values()]
-    return {
-        "memory": found,
-        "checkpointing_saves": 1 - peaks[1] / peaks[0],
-        "checkpointing_saves_two_stages": 1 - peaks[2] / peaks[0],
-    }
+    results["memory"] = found
+    results["checkpointing_saves"] = 1 - peaks[1] / peaks[0]
+    results["checkpointing_saves_two_stages"] = 1 - peaks[2] / peaks[0]
 
 
 def memory_of_step(size: str, batch: int, checkpointing: bool | list[int], device: str) -> dict[str, float]:
@@ -756,6 +772,8 @@ def reset_peak(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
@@ -764,12 +782,22 @@ def reset_peak(device: torch.device) -> float:
 # GPUs
 
 
+def gpus(results: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
+    """Fill in the use that the sizes make of a GPU."""
+    if "gpu" not in arguments.only:
+        return
+    results["gpu"] = {size: utilisation(size, arguments, device) for size in arguments.gpu_sizes}
+    if xl := results["gpu"].get("XL"):
+        results |= {"xl_utilisation": xl["utilisation"], "xl_speedup": xl["speedup"]}
+
+
 def utilisation(size: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Images/s of our compiled bfloat16 step and of the plain TF32 one, each at the batch that fills the memory.
 
     One after the other, for both would not fit together at the batches they are meant for.
     """
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    release(device)
     peak = measured_matmul_peak(device, torch.bfloat16)
     ours = Ours(size, build_network(size), device)
     multiply_adds = sum(ours.model.multiply_adds().values())
@@ -787,7 +815,7 @@ def utilisation(size: str, arguments: argparse.Namespace, device: torch.device) 
     # Only the draws are made by ours from now on; its weights would take the plain step's room.
     ours.optimizer.state.clear()
     del ours.ema
-    ours.model.to("cpu")
+    cast(nn.Module, ours.model).to("cpu")
     release(device)
 
     def plain_step(batch: Batch) -> None:
@@ -796,8 +824,6 @@ def utilisation(size: str, arguments: argparse.Namespace, device: torch.device) 
     plain_count = fitting_batch(plain_step, ours, device, arguments.largest_batch)
     plain_rates = rates(plain_step, ours.batches(2, plain_count), arguments.repeats, device)
     rate, plain_rate = statistics.median(ours_rates), statistics.median(plain_rates)
-    del plain, ours
-    release(device)
     return {
         "batch": count,
         "images_per_second": rate,
@@ -814,7 +840,7 @@ def utilisation(size: str, arguments: argparse.Namespace, device: torch.device) 
 
 def fitting_batch(step: Callable[[Batch], None], source: Ours, device: torch.device, largest: int) -> int:
     """The largest power of two, up to `largest`, whose step leaves a fifth of the memory free."""
-    found, count = 1, min(8, largest)
+    found = count = 1
     while count <= largest:
         release(device)
         if device.type == "cuda":
@@ -833,14 +859,12 @@ def fitting_batch(step: Callable[[Batch], None], source: Ours, device: torch.dev
     return found
 
 
-def rates(
-    step: Callable[[Batch], None], batches: list[Batch], repeats: int, device: torch.device, seconds: float = 1.0
-) -> list[float]:
-    """Images/s in windows of about a second each, steps queued one behind the other as in a training."""
+def rates(step: Callable[[Batch], None], batches: list[Batch], repeats: int, device: torch.device) -> list[float]:
+    """Images/s in windows of about `WINDOW_SECONDS` each, steps queued one behind the other as in a training."""
     for _ in range(2):  # makes the state, compiles
         for batch in batches:
             step(batch)
-    count = max(1, round(seconds / seconds_of(lambda: step(batches[0]), device)))
+    count = max(1, round(WINDOW_SECONDS / seconds_of(lambda: step(batches[0]), device)))
 
     def window() -> None:
         for number in range(count):

@@ -169,10 +169,10 @@ def test_no_checkpoint_is_newer_than_the_model_beside_it(tmp_path):
     def killed(*_arguments):
         raise KeyboardInterrupt
 
-    trainer.export = killed
+    trainer.saving.export = killed
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    assert trainer.store.steps() == []
+    assert trainer.saving.store.steps() == []
 
 
 def test_log_lines_after_the_restored_step_are_dropped(tmp_path):
@@ -219,7 +219,7 @@ def test_micro_batches_change_neither_gradients_nor_timesteps(tmp_path):
             zero_grad(set_to_none)
 
         trainer.optimizer.zero_grad = keep
-        trainer._train_step(trainer.make_loader(0))
+        trainer.update(0, trainer.make_loader(0))
         grads.append(seen)
         histories.append(trainer.objective.timesteps.state_dict())
         trainers.append(trainer)
@@ -349,7 +349,7 @@ def test_a_failed_write_of_another_kind_is_not_blamed_on_a_full_disk(tmp_path):
     def denied(*_arguments):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    trainer.export = denied
+    trainer.saving.export = denied
     with pytest.raises(UserError, match="Permission denied") as caught:
         trainer.fit()
     assert "make room" not in str(caught.value)
@@ -357,7 +357,7 @@ def test_a_failed_write_of_another_kind_is_not_blamed_on_a_full_disk(tmp_path):
     def quota(*_arguments):
         raise OSError(errno.EDQUOT, "too much of it")
 
-    trainer.export = quota
+    trainer.saving.export = quota
     with pytest.raises(UserError, match="make room"):
         trainer.fit()
 
@@ -386,7 +386,7 @@ class Poison:
 
 def test_a_bad_step_is_left_out_and_nothing_else(tmp_path):
     trainer = trainer_in(tmp_path, optimizer={"schedule": "constant"})
-    trainer.objective = Poison(trainer.objective, lambda step: step == 2)
+    trainer.update.objective = Poison(trainer.objective, lambda step: step == 2)
     kept = {}
 
     def look(step):
@@ -410,7 +410,7 @@ def test_bad_steps_in_a_row_send_the_run_back_with_a_lower_rate(tmp_path):
     changes = {"optimizer": {"schedule": "constant", "warmup_steps": 0}, "train": {"save_every": 2, "steps": 8}}
     changes["train"]["max_skipped_steps"] = 3
     trainer = trainer_in(tmp_path / "hurt", **changes)
-    trainer.objective = Poison(trainer.objective, lambda step: step >= 5 and not trainer.guards.rollbacks)
+    trainer.update.objective = Poison(trainer.objective, lambda step: step >= 5 and not trainer.guards.rollbacks)
     assert trainer.fit()
     (event,) = [event for event in read_events(tmp_path / "hurt") if event["event"] == "rollback"]
     assert event["step"] == 4  # at step 6, a bad one, nothing was saved
@@ -426,7 +426,7 @@ def test_bad_steps_in_a_row_send_the_run_back_with_a_lower_rate(tmp_path):
 def test_a_bad_last_step_is_told_from_bad_weights(tmp_path):
     """The weights are sound: the run ends with them, and saves what the bad step left."""
     trainer = trainer_in(tmp_path, train={"steps": 4})
-    trainer.objective = Poison(trainer.objective, lambda step: step == 3)
+    trainer.update.objective = Poison(trainer.objective, lambda step: step == 3)
     assert trainer.fit()
     assert (trainer.guards.skipped, trainer.guards.rollbacks) == (1, 0)
     _, numbers = final_state(tmp_path, 4)
@@ -435,9 +435,9 @@ def test_a_bad_last_step_is_told_from_bad_weights(tmp_path):
 
 def test_weights_in_doubt_are_not_saved_until_a_good_step(tmp_path):
     trainer = trainer_in(tmp_path, train={"steps": 8, "save_every": 2, "keep_checkpoints": 9})
-    trainer.objective = Poison(trainer.objective, lambda step: step in (3, 4))
+    trainer.update.objective = Poison(trainer.objective, lambda step: step in (3, 4))
     assert trainer.fit()
-    assert trainer.store.steps() == [2, 5, 6, 8]  # not 4, whose next step would be bad too
+    assert trainer.saving.store.steps() == [2, 5, 6, 8]  # not 4, whose next step would be bad too
 
 
 def test_without_a_checkpoint_the_run_goes_back_to_its_start(tmp_path):
@@ -446,7 +446,7 @@ def test_without_a_checkpoint_the_run_goes_back_to_its_start(tmp_path):
     plain = trainer_in(tmp_path / "plain", **{**changes, "optimizer": {**changes["optimizer"], "lr": 1.5e-3}})
     assert plain.fit()
     trainer = trainer_in(tmp_path / "hurt", **changes)
-    trainer.objective = Poison(trainer.objective, lambda step: step >= 2 and not trainer.guards.rollbacks)
+    trainer.update.objective = Poison(trainer.objective, lambda step: step >= 2 and not trainer.guards.rollbacks)
     assert trainer.fit()
     # From the start again at half the rate, with the same draws: bit for bit the run at half the rate.
     (hurt, _), (expected, _) = final_state(tmp_path / "hurt", 4), final_state(tmp_path / "plain", 4)
@@ -458,7 +458,7 @@ def test_a_run_that_stays_bad_ends_before_it_is_saved(tmp_path, clip):
     assert trainer_in(tmp_path, train={"steps": 2}).fit()
     kept = {p: data for p, data in contents(tmp_path).items() if p.name not in ("config.yaml", "log.jsonl")}
     trainer = trainer_in(tmp_path, optimizer={"lr": 2.0}, train={"save_every": 100, "max_grad_norm": clip, "steps": 40})
-    trainer.objective = Poison(trainer.objective, lambda step: True)
+    trainer.update.objective = Poison(trainer.objective, lambda step: True)
     remedy = r"lower train.max_grad_norm \(now 1\)" if clip else "set train.max_grad_norm"
     with pytest.raises(
         UserError,
@@ -466,7 +466,7 @@ def test_a_run_that_stays_bad_ends_before_it_is_saved(tmp_path, clip):
         rf" or {remedy}; .* is step 2$",
     ):
         trainer.fit()
-    assert trainer.objective.calls == 4 * 5
+    assert trainer.update.objective.calls == 4 * 5
     assert {p: p.read_bytes() for p in kept} == kept
     assert [line["step"] for line in read_log(tmp_path) if "loss" in line] == [1, 2]
 
@@ -479,7 +479,7 @@ def test_a_gradient_that_is_no_number_is_not_applied(tmp_path):
         trainer.fit()
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
     assert not (tmp_path / "model").exists()
-    assert trainer.store.steps() == []
+    assert trainer.saving.store.steps() == []
 
 
 def test_weights_that_overflow_are_not_exported(tmp_path):
@@ -494,7 +494,7 @@ def test_weights_that_overflow_are_not_exported(tmp_path):
     with pytest.raises(UserError, match=r"^the weights became non-finite at step 1, after 3 returns"):
         trainer.fit()
     assert not (tmp_path / "model").exists()
-    assert trainer.store.steps() == []
+    assert trainer.saving.store.steps() == []
 
 
 def test_the_run_survives_one_overflow_of_the_weights(tmp_path):
@@ -685,7 +685,7 @@ class Poisoned:
         part = objective(*arguments, step=step, **options)
         # Only one process sees it, and its gradients are sound.
         return replace(part, sampler_loss=part.sampler_loss * float("nan")) if rank == step == 1 else part
-trainer.objective = Poisoned()
+trainer.update.objective = Poisoned()
 try:
     trainer.fit()
 except UserError as error:

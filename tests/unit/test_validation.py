@@ -94,7 +94,7 @@ def test_a_share_is_held_out_judged_and_its_best_weights_are_kept(tmp_path):
     lines = {line["step"]: line["val_loss"] for line in read_log(tmp_path) if "val_loss" in line}
     assert sorted(lines) == [2, 4, 6]
     best = min(lines, key=lambda step: lines[step])
-    assert (trainer.best.value, trainer.best.step) == (lines[best], best)
+    assert (trainer.saving.best.value, trainer.saving.best.step) == (lines[best], best)
     assert (tmp_path / "best" / "model_index.json").is_file()
     whole = {float(p.sum()) for p in pictures(30).batch(np.arange(30), np.zeros(30, np.int64), 3, False)}
     assert len(seen & whole) <= 24 < len(whole)

@@ -15,8 +15,8 @@ _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}
 def joint_passes(config: RunConfig, device: torch.device) -> bool:
     """Whether the full and the masked pass run as one doubled batch: see `MaskedTraining`.
 
-    One large batch keeps a GPU busier and exchanges a sharded network's weights once; on a CPU two halves stay closer
-    to its caches (measured by benchmarks/training_step.py).
+    One large batch keeps a GPU busier and exchanges a sharded network's weights once. On a CPU the two are equally fast
+    within a few per cent (benchmarks/training_step.py), and two passes are what the paper describes.
     """
     if config.train.joint_passes is not None:
         return config.train.joint_passes

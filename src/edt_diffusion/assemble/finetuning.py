@@ -1,6 +1,5 @@
 """Starting from a trained model: its architecture, its weights, what of it stays as it is, and what is exported."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from ..pipelines import ClassConditionalPipeline
 from ..pipelines.loading import load_pipeline
 from ..training.finetune import prepare_finetuning
 from ..training.lora import has_adapters, save_lora
-from .model import with_architecture_of
+from .model import told_of_model, with_architecture_of
 
 
 def begin(config: RunConfig, begun: RunConfig | None) -> tuple[RunConfig, ClassConditionalPipeline | None]:
@@ -21,7 +20,8 @@ def begin(config: RunConfig, begun: RunConfig | None) -> tuple[RunConfig, ClassC
     if config.finetune is None or config.finetune.model is None:
         return config, None
     if begun is not None and begun.finetune is not None and begun.finetune.model == config.finetune.model:
-        known = config.model if "size" in config.model else {**begun.model, **config.model}
+        given = told_of_model(config)
+        known = given if "size" in given else {**begun.model, **given}
         return parse_config({**config.model_dump(mode="json"), "model": known}), None
     source = load_pipeline(config.finetune.model)
     return with_architecture_of(config, source.transformer), source
@@ -32,20 +32,17 @@ def prepare(
     model: Any,
     class_names: list[str] | None,
     source: ClassConditionalPipeline | None,
-    quiet: bool,
-) -> None:
-    """Give an untrained model the weights of `source`, freeze what shall stay, add LoRA; tell what was done."""
+) -> list[str]:
+    """Give an untrained model the weights of `source`, freeze what shall stay, add LoRA; lines that tell of it."""
     if config.finetune is None:
-        return
+        return []
     lines: list[str] = []
     if source is not None:
         report = transfer_weights(
             source.transformer, model, source.class_names, class_names, new_classes=config.finetune.new_classes
         )
         lines += report.lines()
-    lines += prepare_finetuning(model, config.finetune, config.seed).lines()
-    if not quiet:
-        print("\n".join(lines), file=sys.stderr)
+    return lines + prepare_finetuning(model, config.finetune, config.seed).lines()
 
 
 def save_adapters(model: Any, folder: Path) -> None:

@@ -47,13 +47,19 @@ def complete(config: RunConfig, dataset: ImageDataset | LatentStore) -> RunConfi
 
 def with_architecture_of(config: RunConfig, source: Any) -> RunConfig:
     """Settings whose model is built like `source`, a trained network, as far as they do not say otherwise."""
-    if "size" in config.model:
+    given = told_of_model(config)
+    if "size" in given:
         return config
     taken = {name: source.config[name] for name in _ARCHITECTURE}
     taken = {name: list(value) if isinstance(value, tuple) else value for name, value in taken.items()}
     if OBJECTIVES[config.objective.name].continuous:  # flow matching learns no variance
         taken.pop("learn_sigma")
-    return parse_config({**config.model_dump(mode="json"), "model": {**taken, **config.model}})
+    return parse_config({**config.model_dump(mode="json"), "model": {**taken, **given}})
+
+
+def told_of_model(config: RunConfig) -> dict[str, Any]:
+    """What settings say of the model themselves: those that say nothing do not ask for the default size."""
+    return config.model if "model" in config.model_fields_set else {}
 
 
 def build_model(config: RunConfig) -> Any:
@@ -72,7 +78,7 @@ def build_model(config: RunConfig) -> Any:
         raise UserError(f"the model cannot be built: {error}{hint}") from None
 
 
-def with_weights(config: RunConfig, prepare: Callable[[Any], None], network: Any, state: dict[str, Tensor]) -> Any:
+def with_weights(config: RunConfig, prepare: Callable[[Any], Any], network: Any, state: dict[str, Tensor]) -> Any:
     """A network on the CPU with whole weights, made like a sharded one.
 
     Args:

@@ -96,7 +96,7 @@ def build_trainer(
 
     model = build_model(config)
     config = settled(config, begun, validated=held_out is not None)
-    finetuning.prepare(config, model, class_names, source, quiet=quiet)
+    told = finetuning.prepare(config, model, class_names, source)
     vae = open_codec(config, dataset)
     scaling = dataset.scaling if isinstance(dataset, LatentStore) else None
     objective = build_objective(config.objective, model.config.learn_sigma)
@@ -116,10 +116,11 @@ def build_trainer(
     device, processes = accelerator.device, accelerator.num_processes
     objective.joint = budget.joint_passes(config, device)
     if batch_auto:
-        config = budget.fitted(config, model, device, processes)
+        config = budget.fitted(config, model, accelerator)
     if begun is not None and not allow_changes:
         refuse_changes(begun, config, folder)
-    needed = [] if quiet else budget.memory_lines(config, model, device, processes)
+    if not quiet:
+        told += budget.memory_lines(config, model, device, processes)
     if vae is not None:
         vae.to(device)
     check = _integrity_check(config, dataset, accelerator)
@@ -129,7 +130,7 @@ def build_trainer(
     def export(target: Path, state: dict[str, Tensor] | None) -> None:
         trained = model
         if state is not None:
-            like = functools.partial(finetuning.prepare, config, class_names=class_names, source=None, quiet=True)
+            like = functools.partial(finetuning.prepare, config, class_names=class_names, source=None)
             trained = with_weights(config, like, model, state)
         plain = without_adapters(trained)
         if plain is model:
@@ -183,8 +184,8 @@ def build_trainer(
     except BaseException:
         trainer.lock.release()
         raise
-    for line in needed:
-        print(line, file=sys.stderr)
+    if not quiet:
+        print(*told, sep="\n", file=sys.stderr)
     return trainer
 
 

@@ -50,6 +50,9 @@ def train(
         source = str(Path(origin) / "config.yaml") if other_pictures else str(out)
     if source is None:
         if out is None or not (out / "config.yaml").is_file():
+            if origin is not None:
+                raise UserError(f"--from {origin}: that is no run folder, whose settings could be taken: name a preset "
+                                f"or a YAML file too ({', '.join(sorted(presets()))})")  # fmt: skip
             raise UserError(f"no configuration given: name a YAML file or a preset ({', '.join(sorted(presets()))})")
         source = str(out)
     if (Path(source) / "config.yaml").is_file():
@@ -82,12 +85,17 @@ def train(
     trainer.accelerator.end_training()
     if not main_process:
         return
-    facts = {"folder": str(folder), "step": trainer.saved_at, "seconds": round(trainer.seconds, 1), "finished": finished}
+    facts = {
+        "folder": str(folder),
+        "step": trainer.saving.saved_at,
+        "seconds": round(trainer.seconds, 1),
+        "finished": finished,
+    }
     wanted = config.train.steps
     if not finished:
         why = f" ({trainer.stop.reason})" if trainer.stop.reason else ""
         # After bad steps the last good state is an earlier one.
-        saved = f"and saved at step {trainer.saved_at}" if trainer.saved_at else "before anything was saved"
+        saved = f"and saved at step {trainer.saving.saved_at}" if trainer.saving.saved_at else "before anything was saved"
         message = f"stopped{why} {saved}; run the same command again to go on"
     elif first > wanted:
         message = f"the run has {first} steps already, train.steps={wanted} adds none; it stays as it is in {folder}"

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, overload
 
@@ -26,6 +27,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..util.errors import UserError
 from .order import BucketedOrder, GlobalShuffle, Order
+
+
+class WorkerLost(RuntimeError):
+    """A loader process has ended without having been told to."""
 
 
 class TrainingData(Protocol):
@@ -276,7 +281,7 @@ def training_loader(
     Returns:
         Dictionaries with `inputs` float32 (B, C, H, W), `class_labels` int64 (B,) or None, `positions`, a list of B
         places in the global batch, and, if `draw` is given, `draws`. Asking for the next one raises the `UserError` of
-        `dataset.batch`, as it is also where a worker met it, and a `RuntimeError` if a worker was killed.
+        `dataset.batch`, as it is also where a worker met it, and `WorkerLost` if a worker was killed.
 
     Raises:
         UserError, ValueError: as `StepBatchSampler`, before the first batch is asked for.
@@ -317,7 +322,7 @@ def _handed_out(loader: DataLoader[Any], ending: Any, check: Callable[[], None] 
     # At exit before `multiprocessing` ends its processes, as it registered first.
     atexit.register(end)
     try:
-        for batch in loader:
+        for batch in _begun(loader):
             if check is not None:
                 check()
             if isinstance(batch, UserError):
@@ -327,10 +332,30 @@ def _handed_out(loader: DataLoader[Any], ending: Any, check: Callable[[], None] 
         # A worker was killed before its batch was fetched from it. What `dataset.batch` raised there says "Caught ...".
         if loader.num_workers == 0 or str(error).startswith("Caught "):
             raise
-        raise RuntimeError("a DataLoader worker was killed, perhaps for want of memory: try fewer workers") from error
+        raise WorkerLost("a DataLoader worker was killed, perhaps for want of memory: try fewer workers") from error
+    except RuntimeError as error:
+        if loader.num_workers == 0 or not str(error).startswith("DataLoader worker"):
+            raise
+        raise WorkerLost("a DataLoader worker was killed, perhaps for want of memory: try fewer workers") from error
     finally:
         end()
         atexit.unregister(end)
+
+
+def _begun(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, its processes started.
+
+    torch has the death of one of them raised by a signal handler, wherever the training is just then, even half-way
+    through an update. Without that handler it is noticed where the next batch is asked for, within five seconds.
+    """
+    if loader.num_workers == 0 or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    number = getattr(signal, "SIGCHLD", None)
+    before = None if number is None else signal.getsignal(number)
+    iterator = iter(loader)
+    if number is not None:
+        signal.signal(number, signal.SIG_DFL if before is None else before)
+    return iterator
 
 
 class _Caught(Dataset[Any]):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-# A launcher passes on a signal that its processes may have had from the scheduler already: within so many seconds that is
-# no second one.
+# A launcher passes on a signal that its processes may have had from the scheduler already: within so many seconds
+# that is no second one.
 _PASSED_ON = 3.0
 
 # SIGUSR1 is what Slurm's --signal is commonly set to before it ends a job, SIGHUP what a closed terminal sends.

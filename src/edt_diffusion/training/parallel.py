@@ -5,12 +5,16 @@ accelerate brings processes together and supplies precision, the loss scaler and
 device is one that can be tested.
 """
 
+import json
 import os
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
@@ -23,7 +27,8 @@ def refuse_unsupported(config: TrainConfig) -> None:
     """Refuse what a backend would not do, or would silently leave undone.
 
     Raises:
-        UserError: fp16 on a CPU, sharding over one process, accelerate's FSDP plugin, and the like.
+        UserError: fp16 on a CPU, sharding over one process, accelerate's FSDP plugin, a DeepSpeed file that cannot be
+            used, and the like.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError(
@@ -49,6 +54,8 @@ def refuse_unsupported(config: TrainConfig) -> None:
         raise UserError("accelerate was configured for DeepSpeed: name its configuration with train.deepspeed=FILE")
     if config.deepspeed is not None and config.sharding != "none":
         raise UserError("train.deepspeed and train.sharding were both given: give one of them")
+    if config.deepspeed is not None:
+        _refuse_deepspeed(config.deepspeed)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -60,6 +67,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     refuse_unsupported(config)
     torch.set_float32_matmul_precision(config.matmul_precision)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    _allow_precision(config.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # Told nothing, accelerate runs processes without a GPU as so many single ones, all in one run folder.
@@ -167,16 +175,35 @@ def _shard(network: Any, accelerator: Accelerator) -> None:
     assert all(is_sharded(parameter) for parameter in network.parameters())
 
 
+def _allow_precision(precision: str) -> None:
+    """Let a Python process train at another precision than before: accelerate keeps the first one for all its jobs.
+
+    A new state instead of the old one emptied, because earlier jobs hold on to theirs.
+    """
+    known = AcceleratorState._shared_state
+    if isinstance(known, dict) and known.get("_mixed_precision", precision) != precision:
+        AcceleratorState._shared_state = {}
+
+
 def _asked_of_accelerate(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
+def _refuse_deepspeed(file: str) -> None:
+    try:
+        settings = json.loads(Path(file).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"train.deepspeed={file} cannot be read ({error.strerror}): name a DeepSpeed file") from None
+    except ValueError as error:
+        raise UserError(f"train.deepspeed={file} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"train.deepspeed={file} holds no JSON object: expected DeepSpeed's settings")
+    if find_spec("deepspeed") is None:
+        raise UserError(f"train.deepspeed={file} needs DeepSpeed: pip install deepspeed, or leave it out")
+
+
 def _deepspeed_plugin(config: TrainConfig) -> Any:
     """accelerate's plugin around a DeepSpeed configuration; never tried for want of the hardware."""
-    from importlib.util import find_spec
-
-    if find_spec("deepspeed") is None:
-        raise UserError(f"train.deepspeed={config.deepspeed} needs DeepSpeed: pip install deepspeed, or leave it out")
     from accelerate.utils import DeepSpeedPlugin
 
     return DeepSpeedPlugin(hf_ds_config=config.deepspeed)
