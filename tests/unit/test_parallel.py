@@ -45,16 +45,17 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import test_parallel as t
-folder = Path(sys.argv[2])
+folder, source = map(Path, sys.argv[2:])
 results = {
     "gradients": {name: t.gradients_of(folder / name, *settings) for name, settings in t.GRADIENTS.items()},
     "exchanged": {micro: t.exchanged(folder / f"exchange {micro}", micro) for micro in (1, 2, 4)},
 }
 for name, changes in t.RUNS.items():
-    t.run_of(folder / name, changes)
-t.run_of(folder / "straight", t.DROPOUT)
-t.run_of(folder / "resumed", t.DROPOUT, 2)
-t.run_of(folder / "resumed", t.DROPOUT)
+    t.run_of(folder / name, t.started_from(source, changes))
+dropout = t.started_from(source, t.DROPOUT)
+t.run_of(folder / "straight", dropout)
+t.run_of(folder / "resumed", dropout, 2)
+t.run_of(folder / "resumed", dropout)
 if int(os.environ["RANK"]) == 0:
     torch.save(results, folder / "results.pt")
 torch.distributed.barrier()
@@ -88,7 +89,7 @@ def gradients_of(folder: Path, objective: dict, train: dict) -> dict[str, torch.
         seen.update({name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None})
 
     trainer.optimizer.zero_grad = keep
-    trainer._train_step(trainer.make_loader(0))
+    trainer.update(0, trainer.make_loader(0))
     trainer.lock.release()
     return seen
 
@@ -104,15 +105,22 @@ def exchanged(folder: Path, micro: int) -> tuple[int, int, int]:
         future.set_result(bucket.buffer())
         return future
 
-    trainer.model.register_comm_hook(None, count)
+    trainer.parallel.model.register_comm_hook(None, count)
     loader, sums = trainer.make_loader(0), []
     for _ in range(2):
         sent.clear()
-        trainer._train_step(loader)
+        trainer.update(trainer.step, loader)
         trainer.step += 1
         sums.append(sum(sent))
     trainer.lock.release()
     return sums[0], sums[1], sum(p.numel() for p in trainer.network.parameters())
+
+
+def started_from(source: Path, changes: dict) -> dict:
+    """Settings with the model that is fine-tuned, where one is."""
+    if "finetune" not in changes:
+        return changes
+    return {**changes, "finetune": {**changes["finetune"], "model": str(source)}}
 
 
 def run_of(folder: Path, changes: dict, steps: int = 4, alone: bool = False) -> None:
@@ -131,14 +139,25 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
+def source(tmp_path_factory) -> Path:
+    """A model to be fine-tuned whose every weight matters, which is not so in a new one."""
+    folder = tmp_path_factory.mktemp("source")
+    trainer = trainer_in(folder / "run")
+    trainer.lock.release()
+    away_from_zero(trainer)
+    trainer.saving.export(folder / "model", None)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, source) -> Path:
     """What two processes have done."""
     folder = tmp_path_factory.mktemp("two")
     script = folder / "worker.py"
     script.write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
-        [*launcher, str(Path(__file__).parent), str(folder)],
+        [*launcher, str(Path(__file__).parent), str(folder), str(source)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -170,28 +189,29 @@ def test_gradients_are_exchanged_once_a_step_however_many_micro_batches(two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_runs_with_a_part_of_the_parameters_are_those_of_one_process(tmp_path, two, name):
-    run_of(tmp_path / "one", RUNS[name], alone=True)
+def test_runs_with_a_part_of_the_parameters_are_those_of_one_process(tmp_path, two, source, name):
+    changes = started_from(source, RUNS[name])
+    run_of(tmp_path / "one", changes, alone=True)
     one, other = saved(tmp_path / "one"), saved(two / name)
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-    if "finetune" in RUNS[name]:
-        untrained = trainer_in(tmp_path / "new", **RUNS[name] | {"train": {}})
-        untrained.lock.release()
-        frozen = [key for key, p in untrained.network.named_parameters() if not p.requires_grad]
-        assert len(frozen) > 5
-        start = untrained.network.state_dict()
-        assert [key for key in frozen if not torch.equal(other[f"model/{key}"], start[key])] == []
-        assert not any(f"ema/{key}" in other for key in frozen)
-        trained = [key for key, p in untrained.network.named_parameters() if p.requires_grad]
-        assert any(not torch.equal(other[f"model/{key}"], start[key]) for key in trained)
+    untrained = trainer_in(tmp_path / "new", **changes | {"train": {}})
+    untrained.lock.release()
+    start, parameters = untrained.network.state_dict(), dict(untrained.network.named_parameters())
+    frozen = [key for key, p in parameters.items() if not p.requires_grad]
+    assert (len(frozen) > 5) == ("finetune" in changes)
+    assert [key for key in frozen if not torch.equal(other[f"model/{key}"], start[key])] == []
+    assert not any(f"ema/{key}" in other for key in frozen)
+    moved = {key for key in parameters if not torch.equal(other[f"model/{key}"], start[key])}
+    # Untrained, a model's blocks do nothing at first: only of one that is fine-tuned all that can move does.
+    assert moved == parameters.keys() - frozen or "finetune" not in changes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded lora", "lora"])
-def test_low_rank_adapters_of_two_processes_are_exported_merged(tmp_path, two, name):
-    run_of(tmp_path / "one", RUNS[name], alone=True)
+def test_low_rank_adapters_of_two_processes_are_exported_merged(tmp_path, two, source, name):
+    run_of(tmp_path / "one", started_from(source, RUNS[name]), alone=True)
     file = Path("model", "transformer", "diffusion_pytorch_model.safetensors")
     one, other = load_file(tmp_path / "one" / file), load_file(two / name / file)
     assert one.keys() == other.keys()
@@ -260,3 +280,35 @@ def test_processes_that_do_not_find_each_other(monkeypatch):
     monkeypatch.setattr(parallel, "Accelerator", lambda **_: type("One", (), {"num_processes": 1})())
     with pytest.raises(UserError, match="2 processes were launched, but accelerate joins 1: start the run with torch"):
         make_accelerator(TrainConfig())
+
+
+def test_deepspeed_files_that_cannot_be_used(monkeypatch, tmp_path):
+    file = tmp_path / "ds.json"
+
+    def refused() -> str:
+        with pytest.raises(UserError) as told:
+            refuse_unsupported(TrainConfig(deepspeed=str(file)))
+        assert "\n" not in str(told.value)
+        return str(told.value)
+
+    assert f"train.deepspeed={file} cannot be read (No such file or directory)" in refused()
+    file.write_text('{"zero_optimization": ')
+    assert f"train.deepspeed={file} is not valid JSON: Expecting value" in refused()
+    file.write_text("[]")
+    assert "holds no JSON object" in refused()
+    file.write_text("{}")
+    monkeypatch.setattr(parallel, "find_spec", lambda _name: None)
+    assert refused().endswith("needs DeepSpeed: pip install deepspeed, or leave it out")
+    monkeypatch.setattr(parallel, "find_spec", lambda name: name == "deepspeed")
+    refuse_unsupported(TrainConfig(deepspeed=str(file)))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # asked for twice is asked for once
+    refuse_unsupported(TrainConfig(deepspeed=str(file)))
+
+
+def test_one_python_process_may_train_at_several_precisions():
+    single, half, again = (make_accelerator(TrainConfig(mixed_precision=name)) for name in ("no", "bf16", "no"))
+    assert [each.mixed_precision for each in (single, half, again)] == ["no", "bf16", "no"]
+    product = torch.ones(2, 2)
+    for accelerator, dtype in ((half, torch.bfloat16), (single, torch.float32)):
+        with accelerator.autocast():
+            assert (product @ product).dtype == dtype

@@ -18,7 +18,9 @@ def sample(
     number: int = typer.Option(8, "-n", "--number", min=1, help="Pictures per class."),
     guidance: float = typer.Option(2.0, "--guidance", min=0.0, help="Guidance scale; 1 is off."),
     guidance_channels: str = typer.Option("all", "--guidance-channels", help="all, or authors (first three)."),
-    scheduler: str = typer.Option(None, "--scheduler", help="ddpm, ddim, dpm++; flow: euler, heun, dpm++ (default: its own)."),
+    scheduler: str = typer.Option(
+        None, "--scheduler", help="ddpm, ddim, dpm++; flow: euler, heun, dpm++ (default: its own)."
+    ),
     steps: int = typer.Option(None, "--steps", min=1, help="Sampling steps (default: the scheduler's usual number)."),
     amm: str = typer.Option("saved", "--amm", help="saved, off, auto (published), a preset, or blocks such as 7,10."),
     amm_formula: str = typer.Option("exp", "--amm-formula", help="exp or cos, with --amm blocks."),

@@ -95,12 +95,14 @@ def train(
     if not finished:
         why = f" ({trainer.stop.reason})" if trainer.stop.reason else ""
         # After bad steps the last good state is an earlier one.
-        saved = f"and saved at step {trainer.saving.saved_at}" if trainer.saving.saved_at else "before anything was saved"
+        at = trainer.saving.saved_at
+        saved = f"and saved at step {at}" if at else "before anything was saved"
         message = f"stopped{why} {saved}; run the same command again to go on"
     elif first > wanted:
         message = f"the run has {first} steps already, train.steps={wanted} adds none; it stays as it is in {folder}"
     else:
-        done = f"trained {trainer.step} steps" if first < wanted else f"the run has its {first} steps already"
+        steps = f"{trainer.step} step" + ("" if trainer.step == 1 else "s")
+        done = f"trained {steps}" if first < wanted else f"the run has its {steps} already"
         there = "samples and model are" if any((folder / "samples").glob("*.png")) else "the model is"
         message = f"{done}; {there} in {folder}"
     finish(message, facts, as_json)

@@ -54,15 +54,13 @@ class MetricLog:
         """Append one line `{"step": ..., **values}`; what is not finite becomes null, for JSON has no NaN."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._append({"step": step, **{name: finite.get(name) for name in values}})
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._show(lambda board, name=name, value=value: board.add_scalar(name, value, step))
         self._tell(lambda tracker: tracker.log(finite, step=step))
 
     def image(self, name: str, step: int, array: np.ndarray) -> None:
         """Show a picture, uint8 (H, W, 1) or (H, W, 3), in TensorBoard and in those trackers that take pictures."""
-        if self._board is not None:
-            self._board.add_image(name, array, step, dataformats="HWC")
+        self._show(lambda board: board.add_image(name, array, step, dataformats="HWC"))
 
         def show(tracker: Any) -> None:
             if hasattr(tracker, "log_images"):
@@ -80,8 +78,7 @@ class MetricLog:
             message: one sentence for people.
         """
         self._append({"step": step, "event": kind, "message": message})
-        if self._board is not None:
-            self._board.add_text("events", f"{kind}: {message}", step)
+        self._show(lambda board: board.add_text("events", f"{kind}: {message}", step))
 
     def rewind(self, step: int) -> None:
         """Drop the lines after `step`, to which the run has gone back; tell the event of that afterwards.
@@ -89,8 +86,7 @@ class MetricLog:
         Trackers keep what they were told: none of them can forget.
         """
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._show(lambda board: board.close())
         self._open(step)
 
     def sync(self) -> None:
@@ -101,14 +97,21 @@ class MetricLog:
     def close(self) -> None:
         """Close the file, TensorBoard and the trackers; may be called twice."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._show(lambda board: board.close())
         self._tell(lambda tracker: tracker.finish())
         self._trackers = []
 
     def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+
+    def _show(self, call: Callable[[Any], None]) -> None:
+        try:
+            if self._board is not None:
+                call(self._board)
+        except OSError as error:  # a full disk, or none: what matters is in log.jsonl and the checkpoints
+            self._board = None
+            logger.warning("TensorBoard failed (%s): nothing more is written there", error)
 
     def _tell(self, call: Callable[[Any], None]) -> None:
         for tracker in list(self._trackers):

@@ -37,6 +37,9 @@ from .update import Outcome, Update
 # Given the number of steps made, returns numbers for the log and pictures (uint8, (H, W, C)) for it, or nothing.
 Call = Callable[[int], Mapping[str, Any] | None]
 
+# Micro-batches on which weights in doubt may prove themselves.
+_BATCHES_TRIED = 3
+
 
 @dataclass(frozen=True)
 class Callback:
@@ -260,9 +263,10 @@ class Trainer:
         return None
 
     def _healthy(self) -> bool:
-        loader = self.make_loader(self.step + 1)
+        loader = self.make_loader(self.step)
         try:
-            return self.update.healthy(self.step, loader)
+            # More than one, because a row of the data may be bad for ever.
+            return any(self.update.healthy(self.step, loader) for _ in range(_BATCHES_TRIED))
         finally:
             loader.close()  # pyright: ignore[reportAttributeAccessIssue]
 
