@@ -574,7 +574,7 @@ def test_data_config() -> None:
     config = DataConfig.model_validate({"path": "pictures", "size": [32, 48], "channels": 1, "limit": 5})
     assert config.size == (32, 48)
     defaults = DataConfig(size=8).model_dump()
-    expected = {"path": None, "codec": None, "size": 8, "channels": 3, "crop": "center", "flip": False, "workers": 0}
+    expected = {"path": None, "codec": None, "size": 8, "channels": 3, "crop": "center", "flip": False, "workers": None}
     assert {name: defaults[name] for name in expected} == expected
     assert DataConfig.model_validate({"verify": False}).verify == "off"  # as YAML reads the word
     for wrong in ({"size": 0}, {"size": 8, "sise": 9}, {"size": 8, "channels": 4}, {"size": 8, "workers": -1}):

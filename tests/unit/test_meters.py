@@ -99,7 +99,7 @@ def test_two_processes_share_their_bins(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["good", "good"]
+    assert done.stdout.count("good") == 2  # their lines may come together
 
 
 def test_throughput_is_the_time_from_reading_to_reading_without_pauses():
