@@ -41,6 +41,15 @@ def test_no_batch_is_lost_and_none_comes_twice():
     feed.close()
 
 
+def test_a_loader_that_dies_while_it_catches_up():
+    numbers, told = Numbers([]), []
+    feed = Feed(numbers, 2, 2, told.append)
+    assert next(feed) == 4
+    numbers.dies = [5, 4]  # before the second half of step 2, and again before its first
+    assert [next(feed) for _ in range(3)] == [5, 6, 7]
+    assert len(told) == 2
+
+
 def test_a_loader_that_keeps_dying_is_given_up():
     feed = Feed(Numbers([0] * 10), 0, 2, lambda _message: None)
     with pytest.raises(UserError, match=r"killed 4 times in a row \(killed\): set data.workers=0, or lower it"):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edt_diffusion.training.guards import Guards, GuardSettings, SpikeDetector, diverged
+from edt_diffusion.training.guards import Guards, GuardSettings, SpikeDetector, Verdict, diverged
 
 
 def judged(guards: Guards, loss: float, norm: float = 1.0):
@@ -27,6 +27,13 @@ def test_bad_steps_count_in_a_row():
     good, bad = judged(guards, 1.0), judged(guards, math.nan)
     assert [guards.count(v) for v in (bad, bad, good, bad, bad, bad)] == [False] * 5 + [True]
     assert (guards.skipped, guards.in_row) == (5, 3)
+
+
+def test_what_the_loss_scaler_leaves_out_is_neither_good_nor_bad():
+    guards = Guards(GuardSettings(max_skipped=3))
+    bad = judged(guards, math.nan)
+    assert [guards.count(v) for v in (bad, Verdict(False), bad, Verdict(False))] == [False] * 4
+    assert (guards.skipped, guards.in_row) == (2, 2)
 
 
 def test_returns_lower_the_rate_and_come_to_an_end():

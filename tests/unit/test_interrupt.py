@@ -34,6 +34,18 @@ def test_the_second_signal_ends_the_process_as_it_would_have(name):
     assert done.stdout == ""
 
 
+def test_a_signal_after_the_clock_does_not_end_the_save():
+    now = [0.0]
+    with StopRequest(60.0, clock=lambda: now[0]) as stop:
+        now[0] = 61.0
+        stop.check_clock()
+        signal.raise_signal(signal.SIGTERM)  # the scheduler's, while the run saves
+        assert stop.reason == "the time allowed, 60 s, is used up"
+        signal.signal(signal.SIGTERM, stop._before[signal.SIGTERM])
+    with StopRequest() as stop:  # and a new request begins anew
+        assert not stop.requested
+
+
 def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     now = [10.0]

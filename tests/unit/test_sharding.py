@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import trainer_in
+from test_trainer import Poison, trainer_in
 
 from edt_diffusion.training.guards import all_finite
 from edt_diffusion.training.log import read_log
@@ -57,9 +58,35 @@ def trainer_of(folder: Path, steps: int, optimizer: str, sharding: str = "none")
     )
 
 
-def run_sharded(tmp_path: Path, folder: str, steps: int, optimizer: str) -> None:
+HURT = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_sharding import hurt
+trainer = hurt(Path(sys.argv[2]), "fsdp2")
+assert trainer.fit()
+assert (trainer.guards.skipped, trainer.guards.rollbacks) == (4, 1)
+trainer.accelerator.wait_for_everyone()
+os._exit(0)
+"""
+
+
+def hurt(folder: Path, sharding: str = "none"):
+    """A run with a bad step just before a save, and bad ones in a row that send it back, until it has gone back."""
+    trainer = trainer_of(folder, 8, "adamw", sharding)
+    trainer.guards.settings = replace(trainer.guards.settings, max_skipped=3)
+    bad = {1, 4, 5, 6}
+    trainer.update.objective = Poison(
+        trainer.objective, lambda step: step in bad and not (trainer.guards.rollbacks and step != 1)
+    )
+    return trainer
+
+
+def run_sharded(tmp_path: Path, folder: str, steps: int, optimizer: str, code: str = WORKER) -> None:
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(code)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
         [*launcher, str(Path(__file__).parent), str(tmp_path / folder), str(steps), optimizer],
@@ -110,6 +137,15 @@ def test_two_sharded_processes_train_as_one_and_their_checkpoint_opens_on_one(tm
     assert trainer_of(tmp_path / "two", 6, optimizer).fit()
     run_sharded(tmp_path, "one", 6, optimizer)
     assert_close(tmp_path, "two", "one", 6)
+
+
+@pytest.mark.slow
+def test_bad_steps_of_a_sharded_run_are_left_out_and_sent_back_as_those_of_one_process(tmp_path):
+    one = hurt(tmp_path / "one")
+    assert one.fit()
+    assert (one.guards.skipped, one.guards.rollbacks) == (4, 1)
+    run_sharded(tmp_path, "two", 8, "adamw", HURT)
+    assert_close(tmp_path, "two", "one", 8)
 
 
 def test_ordinary_tensors_pass_through():

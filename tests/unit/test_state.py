@@ -242,3 +242,31 @@ def test_unpack_refuses_another_optimizer():
     more.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     with pytest.raises(ValueError, match="1 parameter groups, this run's has 2"):
         unpack_optimizer(more, *pack_optimizer(adan))
+
+
+@pytest.mark.parametrize("keep", range(1, 8))
+@pytest.mark.parametrize("every", [0, 3])
+def test_the_newest_checkpoints_stay_and_every_nth(tmp_path, keep, every):
+    store = CheckpointStore(tmp_path, keep_last=keep, keep_every=every)
+    for step in range(1, 11):
+        store.save(step, Checkpoint({"model": {}}, {"step": step}))
+        newest = set(range(max(1, step - keep + 1), step + 1))
+        assert set(store.steps()) == newest | {s for s in range(1, step + 1) if every and s % every == 0}
+
+
+def test_unpack_refuses_the_state_of_other_tensors():
+    """As many tensors as this run trains, but others."""
+
+    def of(*shapes):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(shape)) for shape in shapes])
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return optimizer
+
+    packed = pack_optimizer(of((2, 3), (4,)))
+    with pytest.raises(ValueError, match=r"shape \(4,\) where this run's has \(5,\): freeze the same parts"):
+        unpack_optimizer(of((2, 3), (5,)), *packed)
+    fitting = of((2, 3), (4,))
+    unpack_optimizer(fitting, *packed)
+    assert fitting.state_dict()["state"][1]["exp_avg"].shape == (4,)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,6 +422,43 @@ def test_bad_steps_in_a_row_send_the_run_back_with_a_lower_rate(tmp_path):
     assert numbers["guards"]["rollbacks"] == 1
     assert numbers["guards"]["rate_factor"] == 0.5
     assert numbers["ema_updates"] == 8
+
+
+def test_who_asks_for_a_stop_does_not_wait_for_pictures(tmp_path):
+    called = []
+    trainer = trainer_in(tmp_path)
+    update = trainer.update
+
+    def asked(step, batches):
+        return replace(update(step, batches), stop=step == 2)
+
+    trainer.update = asked
+    trainer.callbacks = [Callback(3, called.append)]
+    assert trainer.fit() is False
+    assert called == []
+    assert trainer.saving.saved_at == 3
+
+
+def test_the_time_kept_back_holds_what_is_due(tmp_path):
+    trainer = trainer_in(tmp_path, train={"steps": 5, "save_every": 2})
+    trainer.callbacks = [Callback(2, lambda step: time.sleep(0.2))]
+    update, seen = trainer.update, []
+
+    def watched(step, batches):
+        seen.append((step, update.reserve))
+        return update(step, batches)
+
+    class Watched:
+        def __call__(self, step, batches):
+            update.reserve = self.reserve
+            return watched(step, batches)
+
+    trainer.update = Watched()
+    assert trainer.fit()
+    reserves = dict(seen)
+    assert reserves[0] == 0.0
+    assert reserves[3] >= 0.2  # a callback follows step 4
+    assert reserves[2] < reserves[3]
 
 
 def test_a_bad_last_step_is_told_from_bad_weights(tmp_path):

@@ -1,6 +1,8 @@
 """A training run, from the pictures to the loop. Read it from top to bottom to see how data flow."""
 
 import functools
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..config import RunConfig, begun_config, refuse_changes, settled, to_yaml
@@ -119,6 +122,7 @@ def build_trainer(
         config = budget.fitted(config, model, accelerator)
     if begun is not None and not allow_changes:
         refuse_changes(begun, config, folder)
+    _refuse_disagreement(accelerator, config, facts)
     if not quiet:
         told += budget.memory_lines(config, model, device, processes)
     if vae is not None:
@@ -221,6 +225,20 @@ def _loaders(
         )  # pyright: ignore[reportReturnType]
 
     return make_loader
+
+
+def _refuse_disagreement(accelerator: Accelerator, config: RunConfig, facts: dict[str, Any]) -> None:
+    """Make sure that all processes of the job train the same thing.
+
+    Raises:
+        UserError: settings or pictures differ, as where machines see different folders.
+    """
+    told = hashlib.sha256((to_yaml(config) + json.dumps(facts, sort_keys=True)).encode()).hexdigest()
+    if len(set(gather_object([told]))) > 1:
+        raise UserError(
+            "the processes of this job have different settings or pictures: give all the same command, and put the "
+            "run folder and the data where every machine sees them"
+        )
 
 
 def _integrity_check(

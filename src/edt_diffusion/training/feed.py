@@ -38,6 +38,7 @@ class Feed:
             self.close()
         self._loader = self._make_loader(step)
         self._place = step * self._micro_batches
+        self._behind = 0
 
     def __iter__(self) -> "Feed":
         return self
@@ -50,6 +51,9 @@ class Feed:
         """
         while True:
             try:
+                while self._behind:  # what this step has had already
+                    next(self._loader)
+                    self._behind -= 1
                 batch = next(self._loader)
             except WorkerLost as error:
                 self._start_anew(error)
@@ -65,11 +69,9 @@ class Feed:
                 f"loader processes were killed {self._deaths} times in a row ({error}): set data.workers=0, or lower "
                 "it, and run the same command again"
             ) from error
-        step, done = divmod(self._place, self._micro_batches)
-        self.restart(step)
-        for _ in range(done):  # what this step has had already
-            next(self._loader)
-        self._place += done
+        step, self._behind = divmod(self._place, self._micro_batches)
+        self.close()
+        self._loader = self._make_loader(step)
         self._told(f"a loader process was killed ({error}); the loader was started anew, nothing is lost")
 
     def close(self) -> None:

@@ -128,6 +128,7 @@ class Guards:
         """Count a step in; True when the run must go back."""
         if verdict.apply:
             self.in_row = 0
+        if verdict.apply or verdict.problem is None:
             return False
         self.skipped += 1
         self.in_row += 1
@@ -164,7 +165,10 @@ class Guards:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a step is applied, and what was wrong with it if something was."""
+    """Whether a step is applied, and what was wrong with it if something was.
+
+    A step that the loss scaler (fp16) leaves out while it looks for its scale is not applied, and nothing is wrong.
+    """
 
     apply: bool
     problem: str | None = None

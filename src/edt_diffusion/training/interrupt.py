@@ -38,12 +38,12 @@ class StopRequest:
         self._clock = clock
         self._begun = clock()
         self._before: dict[int, Any] = {}
-        self._first = 0.0
+        self._signals, self._first = 0, 0.0
         self._pause = _PASSED_ON if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has come, or the time is used up."""
         return bool(self.reason)
 
     def check_clock(self, reserve: float = 0.0) -> None:
@@ -54,7 +54,7 @@ class StopRequest:
             self.reason = f"the time allowed, {self._seconds:g} s, is used up"
 
     def __enter__(self) -> "StopRequest":
-        self.reason = ""
+        self.reason, self._signals = "", 0
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
                 number = getattr(signal, name, None)
@@ -71,7 +71,7 @@ class StopRequest:
         self._before.clear()
 
     def _note(self, number: int, _frame: Any) -> None:
-        if self.requested:
+        if self._signals:
             if self._clock() - self._first < self._pause:
                 return
             before = self._before[number]
@@ -79,5 +79,6 @@ class StopRequest:
                 before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, before)
             signal.raise_signal(number)
-        self._first = self._clock()
-        self.reason = f"{signal.Signals(number).name} came"
+        # The clock may have asked before: its request is no first signal, or this one would end the save.
+        self._signals, self._first = 1, self._clock()
+        self.reason = self.reason or f"{signal.Signals(number).name} came"

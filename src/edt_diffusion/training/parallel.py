@@ -5,8 +5,10 @@ accelerate brings processes together and supplies precision, the loss scaler and
 device is one that can be tested.
 """
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor
 
 from ..util.errors import UserError
@@ -55,7 +57,7 @@ def refuse_unsupported(config: TrainConfig) -> None:
     if config.deepspeed is not None and config.sharding != "none":
         raise UserError("train.deepspeed and train.sharding were both given: give one of them")
     if config.deepspeed is not None:
-        _refuse_deepspeed(config.deepspeed)
+        _refuse_deepspeed(config.deepspeed, config)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -101,6 +103,7 @@ class Parallel:
         self.accelerator = accelerator
         self.network = network.to(accelerator.device)
         self.sharded = config.sharding == "fsdp2"
+        self.deepspeed = config.deepspeed is not None
         if config.gradient_checkpointing:
             self.network.set_checkpointed_stages(config.gradient_checkpointing)
         if config.compile:
@@ -109,12 +112,39 @@ class Parallel:
             _shard(self.network, accelerator)
         self.model: Any = self.network
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        if self.deepspeed:
+            self.model.backward(loss)  # accelerate's would make the update too
+        else:
+            self.accelerator.backward(loss)
+
+    def apply(self, optimizer: Any) -> None:
+        """Make the update."""
+        if self.deepspeed:
+            self.model.step()
+        else:
+            optimizer.step()
+
     def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
         """Wrap network and optimizer; the optimizer is built over the network's parameters, sharded ones included."""
         if self.sharded:
+            self._autocast_calls()
             return self.accelerator.prepare(optimizer)
         self.model, prepared = self.accelerator.prepare(self.network, optimizer)
         return prepared
+
+    def _autocast_calls(self) -> None:
+        """Run every forward pass in the run's precision, as accelerate has it for networks that it prepares."""
+        forward = self.network.forward
+
+        @functools.wraps(forward)
+        def autocast(*arguments: Any, **options: Any) -> Any:
+            with self.accelerator.autocast():
+                return forward(*arguments, **options)
+
+        if self.accelerator.mixed_precision != "no":
+            self.network.forward = autocast
 
     def exchange(self, last: bool) -> AbstractContextManager[Any]:
         """Around one forward and backward: gradients are exchanged with the last micro-batch of a step only."""
@@ -151,6 +181,25 @@ class Parallel:
     def parts(self, tensors: Any) -> list[Tensor]:
         """This process's part of tensors."""
         return [local(tensor) for tensor in tensors]
+
+    def told_by_main(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives in the main process, in all; every process must call it.
+
+        Raises:
+            UserError: the one that `make` raised there, in all processes.
+        """
+        if self.accelerator.num_processes == 1:
+            return make()
+        box: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = str(error)
+        broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; every process must call it."""
@@ -189,7 +238,7 @@ def _asked_of_accelerate(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
-def _refuse_deepspeed(file: str) -> None:
+def _refuse_deepspeed(file: str, config: TrainConfig) -> None:
     try:
         settings = json.loads(Path(file).read_text("utf-8"))
     except OSError as error:
@@ -198,6 +247,14 @@ def _refuse_deepspeed(file: str) -> None:
         raise UserError(f"train.deepspeed={file} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"train.deepspeed={file} holds no JSON object: expected DeepSpeed's settings")
+    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
+    if stage not in (0, "0"):
+        raise UserError(
+            f"train.deepspeed={file} asks for ZeRO stage {stage}, which is not supported (averages and checkpoints "
+            "need whole weights): use stage 0, or train.sharding=fsdp2 without DeepSpeed"
+        )
+    if config.micro_batches > 1:
+        raise UserError("train.deepspeed with train.micro_batches above 1 is not supported: leave one of them out")
     if find_spec("deepspeed") is None:
         raise UserError(f"train.deepspeed={file} needs DeepSpeed: pip install deepspeed, or leave it out")
 
@@ -206,4 +263,7 @@ def _deepspeed_plugin(config: TrainConfig) -> Any:
     """accelerate's plugin around a DeepSpeed configuration; never tried for want of the hardware."""
     from accelerate.utils import DeepSpeedPlugin
 
-    return DeepSpeedPlugin(hf_ds_config=config.deepspeed)
+    settings = json.loads(Path(str(config.deepspeed)).read_text("utf-8"))
+    local = config.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
+    settings |= {"train_micro_batch_size_per_gpu": local, "gradient_accumulation_steps": 1}
+    return DeepSpeedPlugin(hf_ds_config=settings)

@@ -19,7 +19,7 @@ from .guards import all_finite
 from .parallel import Parallel
 from .parts import Parts
 from .posthoc import SnapshotStore
-from .sharding import whole_state
+from .sharding import whole, whole_state
 from .state import Checkpoint, CheckpointStore
 
 # Fills an empty folder with the model: the weights in the network, or the state dict given.
@@ -66,6 +66,7 @@ class Saving:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Averaged weights in the network, eval mode."""
+        self.parallel.forget_gathered()  # before the swap looks at the parameters
         with self.ema.swap(self.network), torch.no_grad():
             self.parallel.forget_gathered()
             self.network.eval()
@@ -128,6 +129,8 @@ class Saving:
         every = self.snapshot_every
         if not self.ema.powers or not every or (step % every and step != self.config.steps):
             return
+        if not (self.parallel.sharded or self.accelerator.is_main_process):
+            return  # gathering is all that the others are needed for
         with told_by_the_disk(step, self.folder):
             updates, averages = self.ema.snapshot()
             if self.accelerator.is_main_process:
@@ -139,21 +142,42 @@ class Saving:
         Raises:
             UserError: if there are checkpoints but none is usable, or they are of another architecture.
         """
-        step = self.store.newest()
+        step = self._newest()
         if step is None:
             return None
         numbers = self._apply(self.store.load(step), f"the checkpoint {self.store.path(step)}")
+        self.best.load(numbers.get("best"))
         self.saved_at = numbers["step"]
         return numbers
 
+    def _newest(self) -> int | None:
+        """Step of the newest whole checkpoint: the main process looks, and the others must see the same."""
+        step = self.parallel.told_by_main(self.store.newest)
+        here = step is None or (self.store.path(step) / "manifest.json").is_file()
+        if self.parallel.agree(not here):
+            raise UserError(
+                f"not every process sees the checkpoints of {self.folder}: put the run folder on a disk that all "
+                "machines share"
+            )
+        return step
+
     def keep_first(self, run_seconds: float) -> None:
-        """Keep a copy of the state of step 0 in memory, to return to before the first checkpoint."""
+        """Keep a copy of the state of step 0 in memory, to return to before the first checkpoint.
+
+        The weights only: every average is equal to them yet, and the optimizer has no state.
+        """
         captured = self.parts.capture(self._numbers(0, run_seconds))
+        kept = {"model": captured.tensors["model"], "timesteps": captured.tensors["timesteps"]}
         copied = {
-            group: {name: tensor.clone() for name, tensor in whole_state(tensors).items()}
-            for group, tensors in captured.tensors.items()
+            group: {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in tensors.items()}
+            for group, tensors in kept.items()
         }
-        self._first = Checkpoint(copied, captured.numbers)
+        averages = {
+            group: {name: copied["model"][name] for name in tensors}
+            for group, tensors in captured.tensors.items()
+            if group not in ("model", "optimizer", "timesteps")
+        }
+        self._first = Checkpoint({**copied, **averages, "optimizer": {}}, captured.numbers)
 
     def go_back(self) -> int:
         """Put the last good state back: the newest whole checkpoint, or the first state; return its step.
@@ -161,7 +185,7 @@ class Saving:
         Raises:
             UserError: the checkpoints are gone or damaged.
         """
-        step = None if self._first is not None else self.store.newest()
+        step = None if self._first is not None else self._newest()
         if step is not None:
             last = self.store.load(step)
         elif self._first is not None:
@@ -174,9 +198,8 @@ class Saving:
         return numbers["step"]
 
     def _apply(self, checkpoint: Checkpoint, what: str) -> dict[str, Any]:
-        numbers = self.parts.apply(checkpoint, what)
-        self.best.load(numbers.get("best"))
-        return numbers
+        self.parallel.forget_gathered()
+        return self.parts.apply(checkpoint, what)
 
     def _numbers(self, step: int, run_seconds: float) -> dict[str, Any]:
         return {"step": step, "seconds": run_seconds, "best": self.best.state()}

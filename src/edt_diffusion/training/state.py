@@ -105,7 +105,7 @@ class CheckpointStore:
         others = [other for other in self.steps() if other != step]
         left = [other for other in others if self._reached is not None and other > self._reached]
         others = [other for other in others if other not in left]
-        old = others[: len(others) - self.keep_last + 1]
+        old = others[: max(0, len(others) - self.keep_last + 1)]
         for other in [*left, *(s for s in old if not self.keep_every or s % self.keep_every)]:
             shutil.rmtree(self.path(other), ignore_errors=True)
         self._reached = step

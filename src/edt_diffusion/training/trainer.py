@@ -127,6 +127,7 @@ class Trainer:
         self.step = 0
         self.lock = RunLock(folder, active=accelerator.is_main_process)
         self._seconds, self._since = 0.0, None
+        self._calls_take = 0.0  # seconds of the longest round of callbacks
 
     @property
     def seconds(self) -> float:
@@ -188,6 +189,7 @@ class Trainer:
         stopping = self.parallel.agree(self.stop.requested)
         while self.step < self.config.steps and not stopping:
             self.meter.start_step()
+            self.update.reserve = self.saving.seconds + (self._calls_take if self._due(self.step + 1) else 0.0)
             outcome = self.update(self.step, feed)
             self.step += 1
             self.meter.end_step()
@@ -217,10 +219,13 @@ class Trainer:
             values |= {"lr": outcome.rate, "grad_norm": outcome.grad_norm}
             if self.guards.skipped:
                 values["skipped_steps"] = self.guards.skipped
-        called = [each for each in self.callbacks if each.every and self.step % each.every == 0]
+        # Who asks for a stop may not wait for pictures: what they show can be made from the checkpoint.
+        called = [] if outcome.stop and not last else self._due(self.step)
         with self.meter.pause():
             if called:
+                begun = time.perf_counter()
                 values |= self._call(called, session)
+                self._calls_take = max(self._calls_take, time.perf_counter() - begun)
             if called or values:
                 self.saving.keep_best(self.step, values)
             session.report(self.step, values)
@@ -231,6 +236,9 @@ class Trainer:
         if not (session.unsaved or stopping):
             return stopping, None
         return stopping, self._save(session)
+
+    def _due(self, step: int) -> list[Callback]:
+        return [each for each in self.callbacks if each.every and step % each.every == 0]
 
     def _call(self, called: list[Callback], session: Session) -> dict[str, float]:
         """Run callbacks with the averaged weights in the network; the numbers that they return."""
@@ -259,16 +267,15 @@ class Trainer:
             self._seconds, self._since = self.seconds, time.perf_counter()
             self.saving.save(self.step, self._seconds)
         session.unsaved = False
-        self.update.reserve = self.saving.seconds
         return None
 
     def _healthy(self) -> bool:
-        loader = self.make_loader(self.step)
+        feed = Feed(self.make_loader, self.step, self.config.micro_batches, lambda _message: None)
         try:
             # More than one, because a row of the data may be bad for ever.
-            return any(self.update.healthy(self.step, loader) for _ in range(_BATCHES_TRIED))
+            return any(self.update.healthy(self.step, feed) for _ in range(_BATCHES_TRIED))
         finally:
-            loader.close()  # pyright: ignore[reportAttributeAccessIssue]
+            feed.close()
 
     def _go_back(self, what: str, session: Session) -> None:
         """Return to the last good state with a lower learning rate; later lines of the log are dropped.

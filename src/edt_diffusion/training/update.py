@@ -56,7 +56,7 @@ class Update:
         stop: is asked once a step.
 
     Attributes:
-        reserve: seconds that a save takes, kept back from the time allowed.
+        reserve: seconds that a save takes, and what is due after the coming step, kept back from the time allowed.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Update:
         for index in range(micro):
             with self.parallel.exchange(last=index == micro - 1):
                 part, places = self.forward(step, batches)
-                self.accelerator.backward(part.total / micro)
+                self.parallel.backward(part.total / micro)
             parts.append(part)
             positions.append(places)
         rate = self.learning_rate(step) * self.guards.rate_factor
@@ -100,14 +100,15 @@ class Update:
         self.stop.check_clock(time.perf_counter() - begun + self.reserve)
         t, losses, norms, stop = self._gathered(parts, torch.cat(positions), norm)
         verdict = self.guards.judge(losses, norms)
-        if not verdict.apply and scaler_skips(self.accelerator.scaler, self.parallel.gradients()):
-            verdict = Verdict(True)  # the scaler leaves it out, and tries a smaller scale
         if verdict.apply:
             if self.config.max_grad_norm:
                 self.parallel.clip(self.config.max_grad_norm, norm)
-            self.optimizer.step()
+            self.parallel.apply(self.optimizer)
             self.ema.update(self.parallel.network)
             self.objective.timesteps.update(t, losses)
+        elif scaler_skips(self.accelerator.scaler, self.parallel.gradients()):
+            self.optimizer.step()  # which the scaler leaves out, to try a smaller scale
+            verdict = Verdict(False)
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,6 +139,7 @@ class Update:
         """
         with torch.no_grad():
             part, _ = self.forward(step, batches)
+        self.parallel.forget_gathered()
         return not self.parallel.agree(not all_finite([part.total]))
 
     def _gathered(
