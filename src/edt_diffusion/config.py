@@ -96,6 +96,20 @@ class RunConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> "RunConfig":
+        if self.ema.snapshot_every is not None and not self.ema.power:
+            raise UserError(
+                f"ema.snapshot_every={self.ema.snapshot_every} does nothing without averages to keep: name their "
+                "widths, as ema.power=[0.05,0.10], or leave it out"
+            )
+        if self.finetune is not None and self.finetune.model is None and (given := self.finetune.given()):
+            raise UserError(
+                f"finetune.{given[0]} needs a trained model to start from: name it with --from (finetune.model), or "
+                "leave it out"
+            )
+        return self
+
     @field_validator("model")
     @classmethod
     def _known_model(cls, model: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_train_options import assert_same, model_of, tensors_of
 
 from edt_diffusion import ClassConditionalPipeline
@@ -204,3 +205,33 @@ def test_other_adapters_or_frozen_parts_than_the_run_began_with(edt, tune, run, 
         said = edt("train", "--from", run, "--data", other_classes, "--out", "new", change)
         assert (said.code, said.out, len(said.err)) == (2, [], 1), said
         assert words in said.err[0]
+
+
+def weights_in(pipeline: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(pipeline) / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_averages_of_adapters_become_a_model_to_sample_from(edt, tune, run):
+    width = "ema.power=[0.05]"
+    tune("new", LORA, width, "ema.snapshot_every=1", "ema.decay=0.5", "optimizer.lr=0.05", "train.steps=3")
+    said = edt("ema", "new", "--sigma-rel", "0.05")
+    assert (said.code, said.err) == (0, []), said
+    # The average of that width itself, from the checkpoint, added up by hand.
+    saved = tensors_of(Path("new"), 3)
+    base = {name.removeprefix("model/"): value for name, value in saved.items() if name.startswith("model/")}
+    average = {name.split("/", 1)[1]: value for name, value in saved.items() if name.startswith("ema-0.050/")}
+    made, exported = weights_in("new/ema-0.050"), weights_in("new/model")
+    layer = "blocks.0.attn.to_q"
+    up, down = (average[f"{layer}.lora_{side}.default.weight"] for side in "BA")
+    expected = base[f"{layer}.base_layer.weight"] + up @ down
+    torch.testing.assert_close(made[f"{layer}.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(exported[f"{layer}.weight"], expected, rtol=1e-3, atol=1e-4)  # another average
+    torch.testing.assert_close(made["class_embedder.weight"], average["class_embedder.weight"])
+    assert torch.equal(made["blocks.0.ff.net.2.weight"], base["blocks.0.ff.net.2.weight"])
+    assert made.keys() == exported.keys()
+    assert Path("new/ema-0.050/lora/pytorch_lora_weights.safetensors").is_file()
+    assert edt("sample", "new/ema-0.050", "-n", 1, "--steps", 2, "--out", "s", "--quiet").code == 0
+    shutil.rmtree("new/checkpoints")
+    said = edt("ema", "new", "--sigma-rel", "0.05", "--out", "again")
+    assert (said.code, len(said.err), Path("again").exists()) == (2, 1, False)
+    assert "new holds no checkpoint" in said.err[0]

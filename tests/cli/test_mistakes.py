@@ -375,3 +375,12 @@ def test_the_demo_needs_classes(edt, work, pictures):
 def test_a_mistake_in_a_process_of_its_own(edt_process, run, work):
     """Nothing but the line: no warnings of libraries, no traceback at exit."""
     assert_mistake(edt_process("sample", run, "--classes", "tenck"), "did you mean 'tench'?")
+
+
+def test_a_process_of_a_job_says_which_it_is(edt, work, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    said = edt("train")
+    assert (said.code, len(said.err)) == (2, 1)
+    assert said.err[0].startswith("process 3: error: no configuration given")
+    monkeypatch.setenv("RANK", "0")
+    assert edt("train").err[0].startswith("error: no configuration given")

@@ -125,3 +125,26 @@ def test_a_batch_cut_to_fit_trains_the_same_weights(tmp_path, free):
     ours = whole.network.state_dict()
     for name, tensor in cut.network.state_dict().items():
         torch.testing.assert_close(tensor, ours[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_processes_cannot_share_is_told_in_the_loader_s_words(free):
+    free(1000)  # and not what would fit
+    words = r"global batch {} cannot be split evenly over 4 processes: expected a multiple of 4, such as {}"
+    for batch, better in ((2, 4), (6, 8)):
+        config = config_of(batch_size=batch)
+        with pytest.raises(UserError, match=words.format(batch, better)):
+            budget.fitted(config, tiny_model(), job(4, []))
+        with pytest.raises(UserError, match=words.format(batch, better)):
+            budget.memory_lines(config, tiny_model(), CPU, 4)
+
+
+def test_sharded_gradients_stay_whole_between_micro_batches(free):
+    config, model = config_of(batch_size=16, sharding="fsdp2"), tiny_model()
+    size = 4 * sum(p.numel() for p in model.parameters())
+    one, cut = (budget.estimate(config, model, CPU, 2, micro) for micro in (1, 2))
+    assert (one.gradients, one.optimizer, one.weights < size) == (size // 2, 2 * size, True)
+    assert (cut.gradients, cut.optimizer, cut.weights, cut.batch) == (size, 2 * size, one.weights, 4)
+    assert cut.total < one.total
+    for enough, micro in ((one.total, 1), (one.total - 1, 2), (cut.total, 2), (cut.total - 1, 4)):
+        free(enough / 0.9 + 1)
+        assert budget.fitted(config, model, job(2, [])).train.micro_batches == micro

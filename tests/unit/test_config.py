@@ -266,3 +266,47 @@ def test_a_preset_is_read_from_the_run_it_began(tmp_path):
         assert run_source("digits", tmp_path) == expected
     assert run_source(own, tmp_path / "elsewhere") == own
     assert run_source("digitz", tmp_path) == "digitz"
+
+
+@pytest.mark.parametrize(
+    ("idle", "said", "remedy"),
+    [
+        ({"ema": {"snapshot_every": 5}}, "ema.snapshot_every=5 does nothing", {"ema": {"power": [0.05]}}),
+        (
+            {"train": {"spikes": "off", "spike_threshold": 5}},
+            "train.spike_threshold=5 does nothing with train.spikes=off",
+            {"train": {"spikes": "skip"}},
+        ),
+        (
+            {"train": {"best_mode": "max"}},
+            "train.best_mode=max needs train.best_metric",
+            {"train": {"best_metric": "a"}},
+        ),
+        ({"validation": {"every": 5}}, "validation.every=5 does nothing", {"validation": {"share": 0.1}}),
+        ({"validation": {"pictures": 5}}, "validation.pictures=5 does nothing", {"validation": {"path": "held"}}),
+        ({"validation": {"batch_size": 5}}, "validation.batch_size=5 does nothing", {"validation": {"share": 0.1}}),
+        ({"finetune": {"freeze": ["final"]}}, "finetune.freeze needs a trained model", {"finetune": {"model": "a"}}),
+        ({"finetune": {"lora": {"rank": 8}}}, "finetune.lora needs a trained model", {"finetune": {"model": "a"}}),
+        (
+            {"finetune": {"new_classes": "mean"}},
+            "finetune.new_classes needs a trained model",
+            {"finetune": {"model": "a"}},
+        ),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(idle, said, remedy):
+    data = {"data": {"path": "pictures", "size": 16}}
+    with pytest.raises(UserError, match=re.escape(said)) as told:
+        parse_config({**data, **idle})
+    assert "\n" not in str(told.value)
+    group, values = next(iter(idle.items()))
+    config = parse_config({**data, group: {**values, **remedy[group]}})
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_a_saved_configuration_may_name_settings_that_do_nothing_at_their_usual_values():
+    told = {"train": {"spikes": "off"}, "finetune": {"model": None}}
+    config = parse_config({"data": {"path": "pictures", "size": 16}, **told})
+    saved = yaml.safe_load(to_yaml(config))
+    assert (saved["train"]["spike_threshold"], saved["validation"]["pictures"]) == (10.0, 512)
+    assert parse_config(saved) == config

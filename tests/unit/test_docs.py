@@ -50,6 +50,8 @@ def test_presets_and_settings_of_training_commands_exist(name, line):
     settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)+=", word)]
     source = words[0] if words[0] in presets() else "digits"
     assert words[0] in presets() or words[0] == "--from", f"{name}: {words[0]} is no preset"
+    if "--from" in words:
+        settings.append("finetune.model=a")
     load_config(source, settings)  # raises on an unknown key or a value out of range
 
 
@@ -73,8 +75,11 @@ def test_settings_named_in_the_text_exist(name, setting):
         "logit_mean": ["objective.name=flow"],
         "shift": ["objective.name=flow", "objective.timesteps=shifted"],
         "p2_": ["objective.loss_weighting=p2"],
+        "best_mode": ["train.best_metric=fid"],
     }
     extra = [value for key, values in needs.items() if f".{key}" in setting for value in values]
+    if setting.startswith("finetune."):
+        extra.append("finetune.model=a")
     load_config("digits", [*extra, setting])
 
 

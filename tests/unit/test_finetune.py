@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from stores import small_kl
 from tiny_models import tiny_inputs, tiny_model
 
-from edt_diffusion import EDTTransformer2DModel
+from edt_diffusion import ClassConditionalPipeline, EDTTransformer2DModel
+from edt_diffusion.assemble import finetuning
+from edt_diffusion.config import parse_config
+from edt_diffusion.data.codec import LatentScaling
+from edt_diffusion.pipelines import make_scheduler
 from edt_diffusion.training.ema import EMA
 from edt_diffusion.training.finetune import (
     FinetuneConfig,
@@ -291,3 +296,48 @@ def test_the_package_imports_without_peft():
     code = "import sys; sys.modules['peft'] = None; import edt_diffusion.training.finetune"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
+
+
+# ---- what a fine-tuning run is told ----
+
+
+def test_other_autoencoders_and_other_figures_are_told():
+    model = tiny_model(in_channels=2)
+
+    def source(vae, **figures):
+        return ClassConditionalPipeline(model, make_scheduler("ddpm"), vae=vae, **figures)
+
+    usual = source(small_kl())
+    assert finetuning.latent_lines(None, small_kl(), None) == []
+    assert finetuning.latent_lines(source(None), small_kl(), None) == []
+    assert finetuning.latent_lines(usual, small_kl(), None) == []
+    assert finetuning.latent_lines(usual, small_kl(), LatentScaling((0.25,) * 2, (0.5,) * 2)) == []
+    (other,) = finetuning.latent_lines(usual, small_kl(seed=1), None)
+    assert other.startswith("the model's autoencoder is not the one of these latents")
+    (scaled,) = finetuning.latent_lines(usual, small_kl(), LatentScaling((0.25,) * 2, (0.6,) * 2))
+    assert scaled.startswith("the model's latents were shifted and scaled by other figures")
+    measured = {"latents_mean": [0.1, 0.2], "latents_std": [3.0, 0.7]}
+    assert (
+        finetuning.latent_lines(source(small_kl(), **measured), small_kl(), LatentScaling.measured(*measured.values()))
+        == []
+    )
+    assert finetuning.latent_lines(source(small_kl(), **measured), small_kl(), None) == [scaled]
+    (pixels,) = finetuning.latent_lines(usual, None, None)
+    assert "this run trains on pixels" in pixels
+
+
+def test_another_prediction_is_told():
+    config = parse_config({
+        "data": {"path": "pictures", "size": 8}, "finetune": {"model": "a"}, "objective": {"name": "flow"},
+    })  # fmt: skip
+
+    def told(prediction: str) -> list[str]:
+        name = "euler" if prediction == "flow" else "ddpm"
+        source = ClassConditionalPipeline(tiny_model(), make_scheduler(name, prediction_type=prediction))
+        lines = finetuning.prepare(config, tiny_model(learn_sigma=False), None, source)
+        return [line for line in lines if line.startswith("the model predicted")]
+
+    rest = "this run trains velocity: its output layer starts from weights made for something else"
+    assert told("epsilon") == [f"the model predicted noise, {rest}"]
+    assert told("v_prediction") == [f"the model predicted v, {rest}"]
+    assert told("flow") == []

@@ -218,3 +218,21 @@ def test_a_container_leaves_less_than_the_machine(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     assert available_memory("cpu", tmp_path) > 1_000_000
+
+
+def test_whole_gradients_are_not_spread():
+    parts = {"weights": 10, "gradients": 8, "optimizer": 32, "ema": 8, "update": 9}
+    whole = MemoryEstimate(**parts, batch=2, fixed=3, per_sample=5)
+    for kept in (False, True):
+        share = whole.spread(4, kept)
+        assert (share.weights, share.optimizer, share.ema, share.update) == (3, 8, 2, 3)
+        assert (share.gradients, share.activations) == (8 if kept else 2, 13)
+
+
+def test_compiled_blocks_may_have_their_graphs_where_torch_takes_no_limit(monkeypatch):
+    settings = torch._dynamo.config
+    monkeypatch.setattr(torch, "compile", lambda model=None, *, fullgraph=False: model)  # torch 2.8's has no limit
+    for present, wanted in ((8, 64), (100, 100)):
+        monkeypatch.setattr(settings, "recompile_limit", present)
+        tiny_model().compile_repeated_blocks(fullgraph=True)
+        assert settings.recompile_limit == wanted

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_trainer import pictures, read_log, settings, trainer_in
 
-from edt_diffusion.assemble import build_trainer
+from edt_diffusion.assemble import build_trainer, during
 from edt_diffusion.training.validation import ValidationLoss
 from edt_diffusion.util.errors import UserError
 
@@ -114,3 +114,31 @@ def test_pictures_of_another_kind_are_refused(tmp_path: Path):
         build_trainer(config, tmp_path / "run", pictures(), quiet=True)
     with pytest.raises(UserError, match="were both given"):
         settings(validation={"path": "x", "share": 0.1})
+
+
+def test_it_needs_no_float64_on_the_device(tmp_path, monkeypatch):
+    trainer = trainer_in(tmp_path)
+    call, reduced = loss_in(trainer, pictures(20), batch_size=7), []
+    batches = [call._losses(places) for places in call._batches()]
+    expected = torch.stack(batches).double().sum(0)
+    expected = expected[:-1] / expected[-1]
+
+    def reduce(totals, reduction):
+        reduced.append(totals.dtype)
+        return totals
+
+    monkeypatch.setattr(call.accelerator, "reduce", reduce)
+    values = call(0)
+    assert {sums.dtype for sums in batches} == {torch.float32}
+    assert reduced == [torch.float32]
+    assert [values["val_loss_full"], values["val_loss_masked"]] == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_nothing_to_hold_out_is_told_with_the_number_of_pictures(tmp_path, monkeypatch):
+    config = settings(validation={"share": 0.1})
+    with pytest.raises(UserError, match=r"validation.share=0.1 can hold out none of the 3 pictures of test"):
+        build_trainer(config, tmp_path / "run", pictures(3), quiet=True)
+    assert during.split_for_validation(config, pictures(4))[1] is not None
+    monkeypatch.setattr(during, "open_dataset", lambda *_: [])
+    with pytest.raises(UserError, match=r"validation.path=held has 0 pictures"):
+        during.split_for_validation(settings(validation={"path": "held"}), pictures())

@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from ..config import RunConfig
+from ..data.loader import StepBatchSampler
+from ..data.order import GlobalShuffle
 from ..training.memory import MemoryEstimate, available_memory, estimate_training_memory, fitting_micro_batches
 
 _OPTIMIZER_STATES = {"adan": 4, "adamw": 2}
@@ -24,7 +26,10 @@ def joint_passes(config: RunConfig, device: torch.device) -> bool:
 
 
 def estimate(config: RunConfig, model: Any, device: torch.device, processes: int, micro: int) -> MemoryEstimate:
-    """Memory of one of the processes that train `model` with `micro` micro-batches."""
+    """Memory of one of the processes that train `model` with `micro` micro-batches.
+
+    Sharded gradients stay whole until the last micro-batch, after which they are exchanged (`Parallel.exchange`).
+    """
     local = config.train.batch_size // processes
     whole = estimate_training_memory(
         model,
@@ -38,7 +43,7 @@ def estimate(config: RunConfig, model: Any, device: torch.device, processes: int
         checkpointing=config.train.gradient_checkpointing,
         device=device.type,
     )
-    return whole if config.train.sharding == "none" else whole.spread(processes)
+    return whole if config.train.sharding == "none" else whole.spread(processes, whole_gradients=micro > 1)
 
 
 def free_memory(device: torch.device) -> int:
@@ -51,10 +56,16 @@ def fitted(config: RunConfig, model: Any, accelerator: Accelerator) -> RunConfig
     """The settings with as few micro-batches as fit into the memory that is free (`--batch auto`).
 
     The global batch, and with it what is learned, stays.
+
+    Raises:
+        UserError: the batch cannot be split evenly over the processes, or not even one sample at a time fits.
     """
     device, processes = accelerator.device, accelerator.num_processes
+    _refuse_uneven(config.train.batch_size, processes, 1)
     local = config.train.batch_size // processes
-    micro = fitting_micro_batches(estimate(config, model, device, processes, 1).at, local, free_memory(device))
+    uncut = estimate(config, model, device, processes, 1)
+    cut = uncut if config.train.sharding == "none" else estimate(config, model, device, processes, local)
+    micro = fitting_micro_batches(lambda size: (uncut if size == local else cut).at(size), local, free_memory(device))
     # All processes must cut their share alike, and the fullest device decides.
     found = torch.as_tensor(accelerator.gather(torch.tensor([micro], device=device)))
     train = config.train.model_copy(update={"micro_batches": int(found.max())})
@@ -62,7 +73,12 @@ def fitted(config: RunConfig, model: Any, accelerator: Accelerator) -> RunConfig
 
 
 def memory_lines(config: RunConfig, model: Any, device: torch.device, processes: int) -> list[str]:
-    """What the run will take in each process, for people, and a warning if that is more than there is."""
+    """What the run will take in each process, for people, and a warning if that is more than there is.
+
+    Raises:
+        UserError: the batch cannot be split evenly over processes and micro-batches.
+    """
+    _refuse_uneven(config.train.batch_size, processes, config.train.micro_batches)
     needed = estimate(config, model, device, processes, config.train.micro_batches)
     free = free_memory(device)
     lines = [f"memory: about {needed.total / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"]
@@ -70,3 +86,8 @@ def memory_lines(config: RunConfig, model: Any, device: torch.device, processes:
         remedy = "try --batch auto, train.gradient_checkpointing=true or train.mixed_precision=bf16"
         lines += [*needed.lines(), f"this may not fit: {remedy}"]
     return lines
+
+
+def _refuse_uneven(batch: int, processes: int, micro: int) -> None:
+    """Raise what the loader will, before anything is told of a share that nobody can have."""
+    StepBatchSampler(GlobalShuffle(1, 0), global_batch=batch, world_size=processes, micro_batches=micro)

@@ -81,14 +81,22 @@ def split_for_validation(
     """What is trained on, and what is held out (None if nothing is).
 
     Raises:
-        UserError: the pictures to validate on are of other classes or sizes than those trained on.
+        UserError: there are no pictures to validate on, or of other classes or sizes than those trained on.
     """
     wanted = config.validation
     if wanted.share:
+        labels = np.zeros(len(dataset), dtype=np.int64) if dataset.labels is None else dataset.labels
+        if len(labels) == len(np.unique(labels)):
+            raise UserError(
+                f"validation.share={wanted.share} can hold out none of the {len(dataset)} pictures of "
+                f"{dataset.source}, since no class has two: add pictures, or give others with validation.path"
+            )
         return stratified_split(dataset, wanted.share, config.seed)  # pyright: ignore[reportReturnType]
     if wanted.path is None:
         return dataset, None
     held = open_dataset(config.data.model_copy(update={"path": wanted.path, "limit": None}), config.seed, True)
+    if not len(held):
+        raise UserError(f"validation.path={wanted.path} has 0 pictures: expected at least one")
     for what in ("shape", "class_names"):
         here, there = getattr(dataset, what), getattr(held, what)
         if here != there and not (what == "class_names" and here is None):

@@ -102,6 +102,7 @@ def build_trainer(
     told = finetuning.prepare(config, model, class_names, source)
     vae = open_codec(config, dataset)
     scaling = dataset.scaling if isinstance(dataset, LatentStore) else None
+    told += finetuning.latent_lines(source, vae, scaling)
     objective = build_objective(config.objective, model.config.learn_sigma)
     prediction_type = OBJECTIVES[config.objective.name].prediction_type
     # Sampled with the density of times it was trained with.

@@ -1,6 +1,7 @@
 """The `edt` command. One file per subcommand; a subcommand imports its machinery only when it is called."""
 
 import errno
+import os
 import sys
 from typing import Any
 
@@ -45,5 +46,7 @@ def _explain(error: Any) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of a job's processes, any may fail alone
+    whose = "" if rank == "0" else f"process {rank}: "
+    print(whose + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

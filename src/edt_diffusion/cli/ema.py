@@ -89,21 +89,23 @@ def _write(run: Path, parameters: dict[str, Any], target: Path) -> None:
     """The run's pipeline with other weights."""
     import torch
 
+    from ..assemble import finetuning
     from ..pipelines.loading import load_pipeline
-    from ..util.errors import UserError
+    from ..training.lora import without_adapters
     from ..util.files import atomic_directory, make_folder
 
     pipeline = load_pipeline(run)
-    own = dict(pipeline.transformer.named_parameters())
-    strange = [name for name in parameters if name not in own or own[name].shape != parameters[name].shape]
-    if strange:
-        raise UserError(
-            f"the averages in {run / 'ema'} are not of the model in {run / 'model'}: {len(strange)} parameters differ, "
-            f"such as {strange[0]}; give the run they belong to"
-        )
-    with torch.no_grad():
-        for name, value in parameters.items():
-            own[name].copy_(value)
+    trained: Any = pipeline.transformer
+    if any(".lora_" in name for name in parameters):
+        trained = finetuning.averaged(run, pipeline, parameters)
+        pipeline.register_modules(transformer=without_adapters(trained))
+    else:
+        own = dict(trained.named_parameters())
+        finetuning.refuse_strange(run, parameters, own)
+        with torch.no_grad():
+            for name, value in parameters.items():
+                own[name].copy_(value)
     make_folder(target.parent)
     with atomic_directory(target) as folder:
         pipeline.save_pretrained(folder)
+        finetuning.save_adapters(trained, folder)

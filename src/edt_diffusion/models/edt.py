@@ -389,6 +389,8 @@ class EDTTransformer2DModel(
         """
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             kwargs.setdefault("recompile_limit", COMPILED_GRAPHS)
+        else:  # torch 2.8: the limit of the whole process
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
         super().compile_repeated_blocks(*args, **kwargs)
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:

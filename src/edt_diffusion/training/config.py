@@ -99,6 +99,21 @@ class TrainConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> "TrainConfig":
+        usual = type(self).model_fields["spike_threshold"].default  # which a saved configuration names too
+        if self.spikes == "off" and self.spike_threshold != usual:
+            raise UserError(
+                f"train.spike_threshold={self.spike_threshold:g} does nothing with train.spikes=off: choose warn or "
+                f"skip, or leave the threshold at {usual:g}"
+            )
+        if self.best_mode == "max" and self.best_metric is None:
+            raise UserError(
+                "train.best_mode=max needs train.best_metric, the logged value whose greatest is best: name it (the "
+                "usual val_loss is best where it is least)"
+            )
+        return self
+
 
 class OptimizerConfig(BaseModel):
     """Optimizer and learning rate; the defaults are the authors' for S and B (XL starts at 5e-4).

@@ -28,6 +28,11 @@ class FinetuneConfig(BaseModel):
     lora: LoraSettings | None = None
     new_classes: str = Field(default="null", description="what new classes start from: null or mean")
 
+    def given(self) -> list[str]:
+        """Names of the settings, beside `model`, that are not as they are by default."""
+        fields = type(self).model_fields
+        return [name for name, field in fields.items() if name != "model" and getattr(self, name) != field.default]
+
     @model_validator(mode="after")
     def _consistent(self) -> "FinetuneConfig":
         lookup(NEW_CLASS_ROWS, self.new_classes, "start of new classes")

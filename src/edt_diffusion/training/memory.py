@@ -57,9 +57,14 @@ class MemoryEstimate:
         """The estimate for micro-batches of another size."""
         return replace(self, batch=batch)
 
-    def spread(self, processes: int) -> "MemoryEstimate":
-        """The estimate of one of so many processes among which weights and what goes with them are spread (FSDP2)."""
-        names = ("weights", "gradients", "optimizer", "ema", "update")
+    def spread(self, processes: int, whole_gradients: bool = False) -> "MemoryEstimate":
+        """The estimate of one of so many processes among which weights and what goes with them are spread (FSDP2).
+
+        Args:
+            processes: how many.
+            whole_gradients: whether each holds the whole gradient, as it does while micro-batches add up.
+        """
+        names = ("weights", *(() if whole_gradients else ("gradients",)), "optimizer", "ema", "update")
         return replace(self, **{name: -(-getattr(self, name) // processes) for name in names})
 
     def lines(self) -> list[str]:

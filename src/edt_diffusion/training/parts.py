@@ -74,6 +74,12 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, numbers
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers["numbers"].items()]:
         index, name = key.split(".", 1)
+        own_shape = parameters[int(index)].shape
+        if isinstance(value, Tensor) and value.ndim and value.shape != own_shape:  # no dimensions: a count of steps
+            raise ValueError(
+                f"its optimizer trains a tensor of shape {tuple(value.shape)} where this run's has {tuple(own_shape)}: "
+                "freeze the same parts"
+            )
         entry = like(value, parameters[int(index)]) if isinstance(value, Tensor) else value
         state.setdefault(int(index), {})[name] = entry
     progress = ("params", "lr", "step")

@@ -47,6 +47,14 @@ class ValidationConfig(BaseModel):
             raise UserError(
                 f"validation.share={self.share} and validation.path={self.path} were both given: give one of them"
             )
+        if not self.share and self.path is None:
+            for name in ("every", "pictures", "batch_size"):
+                value, usual = getattr(self, name), type(self).model_fields[name].default
+                if value != usual:  # a saved configuration names all
+                    raise UserError(
+                        f"validation.{name}={value} does nothing without pictures to validate on: give "
+                        "validation.share or validation.path, or leave it out"
+                    )
         return self
 
 
@@ -96,15 +104,12 @@ class ValidationLoss:
         self.uniforms = (places + 0.5) / count
 
     def __call__(self, _step: int) -> dict[str, float]:
-        totals: Tensor | None = None
-        names: list[str] = []
-        for places in self._batches():
-            names, sums = self._losses(places)
-            totals = sums if totals is None else totals + sums
-        if totals is None:  # fewer batches than processes, and none for this one
-            names = list(self.objective.passes)
-            totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.accelerator.device)
-        told = torch.as_tensor(self.accelerator.reduce(totals, reduction="sum")).tolist()
+        names = list(self.objective.passes)
+        sums = [self._losses(places) for places in self._batches()]
+        # Batches are added up in float64 here, not on the device: Apple's has none.
+        totals = torch.stack(sums).cpu().numpy().sum(axis=0, dtype=np.float64)
+        mine = torch.from_numpy(totals.astype(np.float32)).to(self.accelerator.device)
+        told = torch.as_tensor(self.accelerator.reduce(mine, reduction="sum")).tolist()
         losses = {f"val_loss_{name}": value / told[-1] for name, value in zip(names, told, strict=False)}
         return {"val_loss": sum(losses.values()), **losses}
 
@@ -120,8 +125,8 @@ class ValidationLoss:
             else:
                 yield np.arange(0)
 
-    def _losses(self, places: np.ndarray) -> tuple[list[str], Tensor]:
-        """Sums of every pass's loss over some places, and their number, float64 (passes + 1,)."""
+    def _losses(self, places: np.ndarray) -> Tensor:
+        """Sums of every pass's loss over some places, and their number, float32 (passes + 1,)."""
         counted = len(places)
         if not counted:
             places = np.arange(1)  # takes part, and counts for nothing
@@ -134,9 +139,8 @@ class ValidationLoss:
             known = torch.from_numpy(labels[rows].astype(np.int64)).to(device)
         with self.accelerator.autocast():
             loss = self.objective.loss_of(self.network, inputs, self._draws(places, known, tuple(inputs.shape[1:])))
-        sums = [values.double().sum() * (1 if counted else 0) for values in loss.pass_losses.values()]
-        count = torch.tensor(float(counted), dtype=torch.float64, device=device)
-        return list(loss.pass_losses), torch.stack([*sums, count])
+        sums = [values.float().sum() * (1 if counted else 0) for values in loss.pass_losses.values()]
+        return torch.stack([*sums, torch.tensor(float(counted), device=device)])
 
     def _draws(self, places: np.ndarray, labels: Tensor | None, shape: tuple[int, ...]) -> StepDraws:
         """The draws of some rows, functions of the row's place alone; no label is dropped."""
