@@ -295,6 +295,7 @@ def test_config():
 
 
 SHARDED = """
+import os
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -332,8 +333,9 @@ for saved in (state, wanted.state_dict()):  # sharded, and whole
     for name, group in wanted.state_dict()["groups"].items():
         for key, tensor in group.items():
             torch.testing.assert_close(again.state_dict()["groups"][name][key].full_tensor(), tensor)
-dist.destroy_process_group()
-print("done")
+dist.barrier()
+print("done", flush=True)
+os._exit(0)  # gloo may abort at interpreter exit
 """
 
 
@@ -349,10 +351,9 @@ def test_sharded_parameters(tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        for process in processes:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err
-            assert out.split() == ["done"]
+        outcomes = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outcomes
+        assert [out.split() for out, _ in outcomes] == [["done"], ["done"]]
     finally:
         for process in processes:
             process.kill()

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from .output import finish, quiet_libraries
+from .output import finish, leave_at_once, quiet_libraries
 
 
 def train(
@@ -81,17 +82,23 @@ def train(
     )
     first = trainer.step
     finished = trainer.fit()
-    main_process = trainer.accelerator.is_main_process
-    trainer.accelerator.end_training()
-    if not main_process:
-        return
+    accelerator = trainer.accelerator
+    main_process, processes = accelerator.is_main_process, accelerator.num_processes
+    accelerator.end_training()
+    if main_process:
+        _tell(trainer, folder, first, config.train.steps, finished, as_json)
+    if processes > 1:
+        leave_at_once()
+
+
+def _tell(trainer: Any, folder: Path, first: int, wanted: int, finished: bool, as_json: bool) -> None:
+    """The outcome, as the command's last line."""
     facts = {
         "folder": str(folder),
         "step": trainer.saving.saved_at,
         "seconds": round(trainer.seconds, 1),
         "finished": finished,
     }
-    wanted = config.train.steps
     if not finished:
         why = f" ({trainer.stop.reason})" if trainer.stop.reason else ""
         # After bad steps the last good state is an earlier one.
