@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from test_trainer import assert_same_run, trainer_in
@@ -75,3 +77,35 @@ def test_a_killed_loader_process_costs_nothing(tmp_path):
     (event,) = read_events(tmp_path / "hurt")
     assert event["event"] == "loader"
     assert "a loader process was killed" in event["message"]
+
+
+HANDLER = """
+import os, signal, time
+import numpy as np, torch
+from edt_diffusion.data import training_loader
+from multiprocessing import active_children
+
+class Rows:
+    labels = None
+    def __len__(self): return 8
+    def batch(self, indices, epochs, seed, flip): return torch.zeros(len(indices), 1, 2, 2)
+
+if __name__ == "__main__":
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = training_loader(Rows(), seed=0, global_batch=4, workers=1)
+    next(loader)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    os.kill(active_children()[0].pid, signal.SIGKILL)
+    for _ in range(50):  # the training is somewhere else now, half-way through an update perhaps
+        time.sleep(0.01)
+    print("undisturbed", flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_the_death_of_a_loader_process_does_not_break_into_the_training(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(HANDLER)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "undisturbed\n", done.stderr
