@@ -13,13 +13,7 @@ from test_trainer import assert_same_run, trainer_in
 from edt_diffusion.training.best import Best
 from edt_diffusion.util.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reached(folder, mode: str, values) -> list[int]:

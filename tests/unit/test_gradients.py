@@ -11,12 +11,7 @@ from edt_diffusion.objectives.config import ObjectiveConfig, build_objective
 CLASSES, BATCH = 10, 4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_s(learn_sigma: bool) -> EDTTransformer2DModel:

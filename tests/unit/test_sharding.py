@@ -38,12 +38,7 @@ os._exit(0)  # gloo may abort at interpreter exit
 """
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer_of(folder: Path, steps: int, optimizer: str, sharding: str = "none"):

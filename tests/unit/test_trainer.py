@@ -29,13 +29,7 @@ from edt_diffusion.util.errors import UserError
 CLOCKS = ("seconds", "images_per_second", "step_seconds", "data_wait_share", "mfu", "memory_gib")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Bitwise claims hold at an equal thread count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pictures(count: int = 10, classes: int = 3) -> ImageDataset:

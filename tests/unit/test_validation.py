@@ -11,13 +11,7 @@ from edt_diffusion.assemble import build_trainer, during
 from edt_diffusion.training.validation import ValidationLoss
 from edt_diffusion.util.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loss_in(trainer, dataset, **options) -> ValidationLoss:
