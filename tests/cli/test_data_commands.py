@@ -15,7 +15,8 @@ from edt_diffusion.data.encode import EncodeSettings, encode
 from edt_diffusion.data.latents import LatentStore
 from edt_diffusion.data.manifest import CodecFacts
 from edt_diffusion.data.sources import find_source
-from edt_diffusion.data.vae import load_vae, vae_sha256
+from edt_diffusion.data.vae import load_vae
+from edt_diffusion.util.weights import weights_sha256
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def _store(tmp_path_factory, pictures) -> Path:
             latent_channels=2,
         ).eval()
     folder = tmp_path_factory.mktemp("store") / "lat"
-    facts = CodecFacts(class_name="AutoencoderTiny", id="tiny", sha256=vae_sha256(vae))
+    facts = CodecFacts(class_name="AutoencoderTiny", id="tiny", sha256=weights_sha256(vae))
     settings = EncodeSettings(sizes=[(8, 8)], channels=1, batch_size=4, shard_pictures=4, workers=1)
     encode(find_source(pictures), VAECodec(vae), facts, folder, settings)
     return folder

@@ -9,10 +9,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from edt_diffusion.data.codec import PixelCodec, VAECodec, vae_sha256
+from edt_diffusion.data.codec import PixelCodec, VAECodec
 from edt_diffusion.data.encode import Encoded, EncodeSettings, encode
 from edt_diffusion.data.manifest import CodecFacts
 from edt_diffusion.data.sources import Source, StreamedSource, find_source
+from edt_diffusion.util.weights import weights_sha256
 
 CLASSES = {"ant": 5, "bee": 4}
 
@@ -74,7 +75,7 @@ def small_tiny(seed: int = 0) -> Any:
 
 
 def facts_of(vae: Any, name: str = "small") -> CodecFacts:
-    return CodecFacts(class_name=type(vae).__name__, id=name, sha256=vae_sha256(vae))
+    return CodecFacts(class_name=type(vae).__name__, id=name, sha256=weights_sha256(vae))
 
 
 def make_store(

@@ -22,10 +22,10 @@ from edt_diffusion.data.codec import (
     save_vae,
     to_uint8,
     vae_id,
-    vae_sha256,
 )
 from edt_diffusion.data.images import open_images
 from edt_diffusion.util.errors import UserError
+from edt_diffusion.util.weights import weights_sha256
 
 
 def test_levels() -> None:
@@ -344,7 +344,7 @@ def test_saved_and_loaded(kl: AutoencoderKL, folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("place", ["vae", "codec", "model/vae"])
 def test_in_a_folder_of_more(folder: Path, tmp_path: Path, place: str) -> None:
     shutil.copytree(folder, tmp_path / "whole" / place)
-    assert vae_sha256(load_vae(tmp_path / "whole")) == vae_sha256(load_vae(str(folder)))
+    assert weights_sha256(load_vae(tmp_path / "whole")) == weights_sha256(load_vae(str(folder)))
 
 
 def test_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,29 +358,29 @@ def test_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_precision_file_and_its_copy_have_the_same_hash(kl: AutoencoderKL, folder: Path, tmp_path: Path) -> None:
     weights = folder / "diffusion_pytorch_model.safetensors"
     halves = {name: tensor.half() for name, tensor in load_file(weights).items()}
-    hashes = {"float32": vae_sha256(kl)}
+    hashes = {"float32": weights_sha256(kl)}
     for name, tensors in (("half", halves), ("copy", {key: tensor.float() for key, tensor in halves.items()})):
         shutil.copytree(folder, tmp_path / name)
         save_file(tensors, tmp_path / name / weights.name, metadata={"format": "pt"})
         loaded = load_vae(tmp_path / name)
         assert loaded.dtype == torch.float32
-        hashes[name] = vae_sha256(loaded)
+        hashes[name] = weights_sha256(loaded)
     assert hashes["half"] == hashes["copy"] != hashes["float32"]
     (tmp_path / "half" / weights.name).rename(tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors")
-    assert vae_sha256(load_vae(tmp_path / "half")) == hashes["half"]
+    assert weights_sha256(load_vae(tmp_path / "half")) == hashes["half"]
 
 
 def test_hash_is_its_definition_and_sees_every_number(kl: AutoencoderKL) -> None:
     vae = small_kl(scaling_factor=0.9)
-    assert vae_sha256(vae) == vae_sha256(kl)  # weights only: how latents are scaled is recorded beside it
+    assert weights_sha256(vae) == weights_sha256(kl)  # weights only: how latents are scaled is recorded beside it
     digest = hashlib.sha256(b"AutoencoderKL")
     for name in sorted(vae.state_dict()):
         values = vae.state_dict()[name]
         digest.update(f"\n{name} {tuple(values.shape)}\n".encode() + values.numpy().tobytes())
-    assert vae_sha256(vae) == digest.hexdigest()
+    assert weights_sha256(vae) == digest.hexdigest()
     with torch.no_grad():
         vae.decoder.conv_out.bias[1] += 1e-6
-    assert vae_sha256(vae) != digest.hexdigest()
+    assert weights_sha256(vae) != digest.hexdigest()
 
 
 def message_of(source: str | Path) -> str:
@@ -485,4 +485,4 @@ def test_taesd_file(taesd: Path, tmp_path: Path) -> None:
     assert vae.dtype == torch.float32
     save_vae(vae, tmp_path / "copy")
     assert str(taesd) not in (tmp_path / "copy" / "config.json").read_text()
-    assert vae_sha256(load_vae(tmp_path / "copy")) == vae_sha256(vae)
+    assert weights_sha256(load_vae(tmp_path / "copy")) == weights_sha256(vae)

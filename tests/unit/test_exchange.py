@@ -16,8 +16,8 @@ from edt_diffusion.data.inspection import decode_rows, inspect_store, store_code
 from edt_diffusion.data.latents import LatentStore
 from edt_diffusion.data.manifest import CodecFacts
 from edt_diffusion.data.sources import find_source
-from edt_diffusion.data.vae import vae_sha256
 from edt_diffusion.util.errors import UserError
+from edt_diffusion.util.weights import weights_sha256
 
 SHIFT, SCALE = 0.25, 0.5
 CLASSES = ("cat/dog", "église")
@@ -54,7 +54,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def make_store(pictures: Path, out: Path, vae: AutoencoderKL | None, **settings) -> LatentStore:
     codec = PixelCodec(3) if vae is None else VAECodec(vae)
-    facts = None if vae is None else CodecFacts(class_name="AutoencoderKL", id="tiny", sha256=vae_sha256(vae))
+    facts = None if vae is None else CodecFacts(class_name="AutoencoderKL", id="tiny", sha256=weights_sha256(vae))
     options = {"sizes": [(16, 16)], "batch_size": 4, "shard_pictures": 4, "workers": 1} | settings
     encode(find_source(pictures), codec, facts, out, EncodeSettings(**options))
     return LatentStore.open(out)

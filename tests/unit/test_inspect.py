@@ -29,8 +29,9 @@ from edt_diffusion.data.inspection.summary import balance, duplicate_groups, eve
 from edt_diffusion.data.latents import LatentStore
 from edt_diffusion.data.manifest import CodecFacts
 from edt_diffusion.data.sources import Row, StreamedSource, find_source
-from edt_diffusion.data.vae import load_vae, save_vae, vae_sha256
+from edt_diffusion.data.vae import load_vae, save_vae
 from edt_diffusion.util.errors import UserError
+from edt_diffusion.util.weights import weights_sha256
 
 COUNTS = {"apple": 5, "pear": 3, "quince": 2}
 
@@ -75,7 +76,7 @@ def vae() -> AutoencoderKL:
 
 def make_store(tree: Path, out: Path, vae: AutoencoderKL | None, **settings) -> LatentStore:
     codec = PixelCodec(3) if vae is None else VAECodec(vae)
-    facts = None if vae is None else CodecFacts(class_name="AutoencoderKL", id="tiny", sha256=vae_sha256(vae))
+    facts = None if vae is None else CodecFacts(class_name="AutoencoderKL", id="tiny", sha256=weights_sha256(vae))
     options = {"sizes": [(16, 16)], "batch_size": 4, "shard_pictures": 8, "workers": 1} | settings
     encode(find_source(tree), codec, facts, out, EncodeSettings(**options))
     return LatentStore.open(out)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..config import RunConfig, load_config, parse_config
 from ..data.codec import LatentScaling
-from ..data.vae import vae_sha256
 from ..models.transfer import transfer_weights
 from ..objectives import OBJECTIVES
 from ..pipelines import ClassConditionalPipeline
@@ -19,6 +18,7 @@ from ..training.finetune import prepare_finetuning
 from ..training.lora import has_adapters, save_lora
 from ..training.state import CheckpointStore
 from ..util.errors import UserError
+from ..util.weights import weights_sha256
 from .model import told_of_model, with_architecture_of, with_weights
 
 _PREDICTED = {"epsilon": "noise", "v_prediction": "v", "flow": "velocity"}
@@ -75,7 +75,7 @@ def latent_lines(source: ClassConditionalPipeline | None, vae: Any, scaling: Lat
         return []
     if vae is None:
         return ["the model was trained on latents, this run trains on pixels: they mean something else to it"]
-    if vae_sha256(source.vae) != vae_sha256(vae):
+    if weights_sha256(source.vae) != weights_sha256(vae):
         return ["the model's autoencoder is not the one of these latents: they mean something else to it"]
     mean, deviation = source.config["latents_mean"], source.config["latents_std"]
     known = LatentScaling.of_config(source.vae.config) if mean is None else LatentScaling.measured(mean, deviation)

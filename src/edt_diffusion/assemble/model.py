@@ -11,12 +11,13 @@ from ..config import RunConfig, parse_config
 from ..data import ImageDataset, LatentStore, require_classes
 from ..data.codec import LatentScaling
 from ..data.dataset import described
-from ..data.vae import load_vae, vae_sha256
+from ..data.vae import load_vae
 from ..models import BACKBONES
 from ..objectives import OBJECTIVES
 from ..pipelines import ClassConditionalPipeline, make_scheduler
 from ..util.errors import UserError
 from ..util.lookup import lookup
+from ..util.weights import weights_sha256
 
 # What of a trained model a fine-tuned one takes over unless the settings say otherwise.
 _ARCHITECTURE = ("patch_size", "depths", "dims", "num_heads", "mlp_ratio", "stage0_mask_block", "learn_sigma")
@@ -108,7 +109,7 @@ def open_codec(config: RunConfig, dataset: ImageDataset | LatentStore) -> Any:
         told = f"it was made by {facts.id}" if facts else "it does not say by which it was made"
         raise UserError(f"{dataset.source} holds no copy of its autoencoder ({told}): name it with data.codec")
     vae = load_vae(source)
-    if facts is not None and vae_sha256(vae) != facts.sha256:
+    if facts is not None and weights_sha256(vae) != facts.sha256:
         raise UserError(
             f"the autoencoder {source!r} is not the one that made {dataset.source} ({facts.id}): its weights differ; "
             "give that one, or encode the pictures anew"

@@ -21,7 +21,6 @@ from ..util.errors import UserError
 from .vae import load_vae as load_vae
 from .vae import save_vae as save_vae
 from .vae import vae_id as vae_id
-from .vae import vae_sha256 as vae_sha256
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and pixels need none of it
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ..util.errors import UserError
+from ..util.weights import weights_sha256
 from .codec import PixelCodec, VAECodec
 from .encode import Encoded, EncodeSettings, encode
 from .manifest import CodecFacts
 from .sources import Source, StreamedSource
-from .vae import load_vae, vae_id, vae_sha256
+from .vae import load_vae, vae_id
 
 
 def parse_size(text: str, name: str = "--size") -> tuple[int, int]:
@@ -52,7 +53,7 @@ def encode_pictures(
     if codec is None:
         return encode(source, PixelCodec(settings.channels), None, out, settings, progress)
     vae: Any = load_vae(codec)
-    facts = CodecFacts(class_name=type(vae).__name__, id=vae_id(codec), sha256=vae_sha256(vae))
+    facts = CodecFacts(class_name=type(vae).__name__, id=vae_id(codec), sha256=weights_sha256(vae))
     wanted = torch.device(device or default_device())
     try:
         vae = vae.to(wanted)

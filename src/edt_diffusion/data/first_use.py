@@ -17,6 +17,7 @@ from ..util.errors import UserError
 from ..util.files import make_folder
 from ..util.lock import Busy
 from ..util.progress import CountProgress
+from ..util.weights import weights_sha256
 from .codec import LatentScaling
 from .config import DataConfig
 from .encode import Encoded, EncodeSettings
@@ -28,7 +29,7 @@ from .sources import Source, StreamedSource, find_source
 from .sources.base import limited
 from .sources.built_in import BUILT_IN
 from .sources.storage import file_system, is_pattern, local_path, match_files
-from .vae import load_vae, vae_id, vae_sha256
+from .vae import load_vae, vae_id
 
 _VERSION = 1  # raise it when the same settings come to prepare pictures otherwise
 
@@ -65,7 +66,7 @@ def encoded_on_first_use(data: DataConfig, seed: int, quiet: bool) -> Path:
     key = {
         "version": _VERSION,
         "pictures": fingerprint(data.path, found),
-        "codec": [vae_sha256(vae), scaling.shift, scaling.scale],
+        "codec": [weights_sha256(vae), scaling.shift, scaling.scale],
         "size": size,
         "channels": data.channels,
         "crop": [data.crop, seed if data.crop == "random" else 0],

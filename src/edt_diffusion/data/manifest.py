@@ -35,7 +35,7 @@ class CodecFacts(_Part):
     Attributes:
         class_name: diffusers class.
         id: hub id or folder name; for people to read.
-        sha256: of the weights (`data.codec.vae_sha256`); what counts when two stores are compared.
+        sha256: of the weights (`util.weights.weights_sha256`); what counts when two stores are compared.
         bundled: whether the store holds a copy.
     """
 

@@ -2,6 +2,7 @@
 
 - `load_picture`   any raster format -> RGB or grayscale, 8 bits
 - `fit_picture`    -> the wanted size
+- `picture_size`   height and width, from the header
 - `verify_picture` whether it can be decoded, as cheaply as its format allows
 - `check_pictures` such a check over many pictures, all failures in one message
 """
@@ -28,6 +29,8 @@ _MIN_CROP_FRACTION = 0.8
 
 # Pillow's own default; a picture of the largest size takes 360 MB decoded.
 _MAX_PIXELS = 89_478_485
+# EXIF's tag of the orientation; from 5 on, rows and columns change places.
+_ORIENTATION = 0x0112
 _TOO_LARGE = f"it has more than {_MAX_PIXELS:,} pixels"
 
 # What Pillow has to say about a picture becomes the reason of a failure, or does not matter. It must not be printed in
@@ -199,6 +202,13 @@ def verify_picture(stream: BinaryIO) -> None:
     stream.seek(0)
     with _open(stream) as image:
         image.load()
+
+
+def picture_size(stream: BinaryIO) -> tuple[int, int]:
+    """(height, width) of a picture as `load_picture` gives it, read from its header; errors as there."""
+    with _open(stream) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def decoding_error(error: BaseException) -> str:

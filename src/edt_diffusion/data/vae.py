@@ -1,13 +1,11 @@
-"""The autoencoder's files: find and load it, name it, fingerprint it, save it.
+"""The autoencoder's files: find and load it, name it, save it.
 
 - `load_vae`      a folder or hub id -> `AutoencoderKL` or `AutoencoderTiny`, frozen, in float32
 - `vae_id`        what a report calls it
-- `vae_sha256`    what tells it from every other
 - `save_vae`      a folder of the same bytes for the same autoencoder
 - `forget_source` no machine's path in what is saved
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -89,19 +87,6 @@ def load_vae(source: str | os.PathLike[str]) -> "AutoencoderKL | AutoencoderTiny
 def vae_id(source: str | os.PathLike[str]) -> str:
     """Return the name of an autoencoder for reports: the hub id, or the folder's own name without its path."""
     return Path(os.path.abspath(source)).name if Path(source).exists() else str(source)
-
-
-def vae_sha256(vae: torch.nn.Module) -> str:
-    """Return the SHA-256 of an autoencoder's class name and weights as 64 hexadecimal digits.
-
-    It covers every tensor by name, shape and value in float32, and neither device, file format nor stored precision: a
-    float16 file and its float32 copy have the same one.
-    """
-    digest = hashlib.sha256(type(vae).__name__.encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"\n{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
-    return digest.hexdigest()
 
 
 def save_vae(vae: "AutoencoderKL | AutoencoderTiny", folder: str | os.PathLike[str]) -> None:

@@ -32,6 +32,10 @@ class Purpose(enum.IntEnum):
     SAMPLER_NOISE = 11
     VALIDATION = 12
     MODULE = 13  # what a module draws from torch's own generator, such as dropout
+    BOOTSTRAP = 14  # resamples of an evaluation
+    SUBSET = 15  # subsets of an evaluation's samples
+    JUDGE = 16  # what the training of a judge draws
+    LABEL = 17  # random labels of an evaluation's samples
 
 
 def stream(seed: int, purpose: Purpose, step: int = 0, position: int = 0, pass_index: int = 0) -> np.random.Generator:

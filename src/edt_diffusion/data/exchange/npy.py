@@ -17,6 +17,7 @@ import torch
 
 from ...util.errors import UserError
 from ...util.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from ...util.weights import weights_sha256
 from ..codec import LatentScaling
 from ..latents import LatentStore
 from ..manifest import (
@@ -35,7 +36,7 @@ from ..manifest import (
     to_json,
 )
 from ..shards import ShardRows, write_shard
-from ..vae import load_vae, save_vae, vae_id, vae_sha256
+from ..vae import load_vae, save_vae, vae_id
 from .folders import new_folder
 from .npy_files import CLASSES, NpyPair, find_pair
 
@@ -178,7 +179,7 @@ def _codec(codec: str | None, scaling_factor: float | None, channels: int, pair:
             f"{str(pair.feature(0))!r} has {channels} channels, the latents of --codec {codec} "
             f"{vae.config['latent_channels']}: name the autoencoder that the features are of"
         )
-    facts = CodecFacts(class_name=type(vae).__name__, id=vae_id(codec), sha256=vae_sha256(vae))
+    facts = CodecFacts(class_name=type(vae).__name__, id=vae_id(codec), sha256=weights_sha256(vae))
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     return _Codec(vae, facts, LatentScaling.of_config(vae.config), factor)
 

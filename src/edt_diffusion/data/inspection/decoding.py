@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from ...util.errors import UserError
+from ...util.weights import weights_sha256
 from ..codec import PixelCodec, VAECodec, to_uint8
 from ..encoding_job import default_device
 from ..latents import LatentStore
-from ..vae import load_vae, vae_sha256
+from ..vae import load_vae
 
 
 def store_codec(store: LatentStore, codec: str | None = None, device: str | None = None) -> VAECodec | PixelCodec:
@@ -33,7 +34,7 @@ def store_codec(store: LatentStore, codec: str | None = None, device: str | None
     if place is None:
         raise UserError(f"{store.source} holds no copy of its autoencoder: name it by --codec (a folder or hub id)")
     vae: Any = load_vae(place)
-    if codec is not None and manifest.codec is not None and vae_sha256(vae) != manifest.codec.sha256:
+    if codec is not None and manifest.codec is not None and weights_sha256(vae) != manifest.codec.sha256:
         raise UserError(
             f"--codec {codec} is not the autoencoder that {store.source} was made with ({manifest.codec.id}; the "
             "weights differ): leave it out, or name that one"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...util.errors import UserError
+from ...util.weights import weights_sha256
 from ..codec import LatentScaling
 from ..manifest import CODEC, LABELS, MANIFEST, Manifest, read_manifest
 from ..picture import decoding_error, load_picture
@@ -16,7 +17,7 @@ from ..prepare import rows_of
 from ..shard_files import LocalShards, ShardFiles, check_shard, open_files
 from ..shards import Shard
 from ..sources import Row, Source, StreamedSource
-from ..vae import load_vae, vae_sha256
+from ..vae import load_vae
 from .summary import default_workers, in_threads
 
 Told = Callable[[int, int | None, int], None]
@@ -137,7 +138,7 @@ def _codec(files: ShardFiles, manifest: Manifest) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = []
-    if vae_sha256(vae) != manifest.codec.sha256:
+    if weights_sha256(vae) != manifest.codec.sha256:
         problems.append(f"{folder} holds other weights than {MANIFEST} says ({manifest.codec.id}): copy the store anew")
     scaling = LatentScaling.of_config(vae.config)
     if (list(scaling.shift), list(scaling.scale)) != (manifest.scaling.shift, manifest.scaling.scale):
