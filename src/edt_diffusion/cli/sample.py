@@ -3,7 +3,6 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -22,7 +21,9 @@ def sample(
         None, "--scheduler", help="ddpm, ddim, dpm++; flow: euler, heun, dpm++ (default: its own)."
     ),
     steps: int = typer.Option(None, "--steps", min=1, help="Sampling steps (default: the scheduler's usual number)."),
-    amm: str = typer.Option("saved", "--amm", help="saved, off, auto (published), a preset, or blocks such as 7,10."),
+    amm: str = typer.Option(
+        "saved", "--amm", help="saved, off, on, auto (published), a preset, or blocks such as 7,10."
+    ),
     amm_formula: str = typer.Option("exp", "--amm-formula", help="exp or cos, with --amm blocks."),
     amm_radius: str = typer.Option(None, "--amm-radius", help="Cells, or such as 0.9R, with --amm blocks."),
     seed: int = typer.Option(0, "--seed", help="Seed; picture i of a class depends on it and on i only."),
@@ -38,6 +39,7 @@ def sample(
     import numpy as np
 
     from ..pipelines.loading import load_pipeline
+    from ..pipelines.modulation import choose_modulation
     from ..util.errors import UserError
     from ..util.files import make_folder
     from ..util.pictures import grid, save_png, to_pil
@@ -57,7 +59,7 @@ def sample(
     rows = pipeline.resolve_labels(wanted if wanted is not None or count is None else list(range(count)))
     rows = None if rows is None else list(dict.fromkeys(rows))
     names = pipeline.class_names or [str(number) for number in range(count or 0)]
-    _set_modulation(pipeline.transformer, amm, amm_formula, amm_radius, guidance)
+    choose_modulation(pipeline.transformer, amm, amm_formula, amm_radius, guidance)
     labels = None if rows is None else [label for label in rows for _ in range(number)]
     seeds = [image_seed(seed, index) for index in range(number)] * (1 if rows is None else len(rows))
     make_folder(out)
@@ -101,20 +103,3 @@ def _class_list(text: str, names: list[str]) -> list[str]:
         out.append(spaceless.get(", ".join(parts[:match]), parts[0]))
         parts = parts[match:]
     return [name for name in out if name]
-
-
-def _set_modulation(model: Any, amm: str, formula: str, radius: str | None, guidance: float) -> None:
-    """What `--amm` and its companions ask for."""
-    from ..util.errors import UserError
-
-    if amm == "saved":
-        return
-    if amm in ("off", "auto") or amm in model.amm_presets:
-        model.set_attention_modulation(preset=None if amm == "off" else amm, guidance_scale=guidance)
-        return
-    try:
-        cells = float(radius) if radius and not radius.rstrip().endswith("R") else radius
-        model.set_attention_modulation([int(block) for block in amm.split(",")], formula, cells)
-    except ValueError as error:
-        known = ", ".join(["saved", "off", "auto", *model.amm_presets])
-        raise UserError(f"--amm {amm}: expected {known}, or block numbers such as 7,10 ({error})") from None
