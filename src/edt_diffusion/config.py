@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .data import DataConfig
+from .evaluation.config import EvaluationConfig
 from .models import BACKBONES
 from .objectives import OBJECTIVES
 from .objectives.config import ObjectiveConfig, default_masks, resolved
@@ -29,7 +30,7 @@ _HARMLESS = (
     "train.steps:", "train.log_every:", "train.save_every:", "train.sample_every:", "train.keep_checkpoints:",
     "train.keep_every:", "train.best_metric:", "train.best_mode:", "train.timestep_bins:", "train.trackers:",
     "train.micro_batches:", "train.gradient_checkpointing:", "train.joint_passes:", "train.sharding:",
-    "train.deepspeed:", "train.compile:", "samples.", "validation.every:", "validation.pictures:",
+    "train.deepspeed:", "train.compile:", "samples.", "evaluation.", "validation.every:", "validation.pictures:",
     "validation.batch_size:", "data.workers:", "data.cache:", "data.verify:", "data.codec_batch:",
 )  # fmt: skip
 
@@ -83,17 +84,19 @@ class RunConfig(BaseModel):
     ema: EMAConfig = EMAConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     finetune: FinetuneConfig | None = None
     samples: SamplesConfig = SamplesConfig()
 
     @model_validator(mode="after")
     def _can_be_sampled(self) -> "RunConfig":
         fitting = fitting_schedulers(OBJECTIVES[self.objective.name].prediction_type)
-        if self.samples.scheduler is not None and self.samples.scheduler not in fitting:
-            raise UserError(
-                f"samples.scheduler={self.samples.scheduler} cannot sample a model trained with objective.name="
-                f"{self.objective.name}: choose {' or '.join(fitting)}, or null for the usual one"
-            )
+        for group, name in (("samples", self.samples.scheduler), ("evaluation", self.evaluation.scheduler)):
+            if name is not None and name not in fitting:
+                raise UserError(
+                    f"{group}.scheduler={name} cannot sample a model trained with objective.name="
+                    f"{self.objective.name}: choose {' or '.join(fitting)}, or null for the usual one"
+                )
         return self
 
     @model_validator(mode="after")
@@ -216,7 +219,7 @@ def settled(config: RunConfig, begun: RunConfig | None = None, validated: bool =
     decay_steps = config.optimizer.decay_steps or first.optimizer.decay_steps or first.train.steps
     objective = resolved(config.objective, None if begun is None else begun.objective)
     masks = objective.masks or first.objective.masks or default_masks(config.model)
-    best = config.train.best_metric or ("val_loss" if validated else None)
+    best = config.train.best_metric or ("val_loss" if validated else _measured(config))
     return config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(update={"decay_steps": decay_steps}),
@@ -224,6 +227,12 @@ def settled(config: RunConfig, begun: RunConfig | None = None, validated: bool =
             "train": config.train.model_copy(update={"best_metric": best}),
         }
     )
+
+
+def _measured(config: RunConfig) -> str | None:
+    """What tells the best weights where nothing is held out: the Fréchet distance, if it is measured."""
+    wanted = config.evaluation
+    return "fid" if wanted.every and "fid" in (wanted.metrics or ["fid"]) else None
 
 
 def _holds_run(folder: Path) -> bool:

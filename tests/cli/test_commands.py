@@ -20,7 +20,9 @@ from edt_diffusion import ClassConditionalPipeline, EDTTransformer2DModel
 from edt_diffusion.convert import to_official
 from edt_diffusion.training.log import read_log
 
-COMMANDS = ("demo", "data", "encode", "train", "runs", "plot", "ema", "sample", "info", "convert")
+COMMANDS = (
+    "demo", "data", "encode", "train", "runs", "plot", "ema", "sample", "evaluate", "compare", "info", "convert",
+)  # fmt: skip
 
 # The paper's sizes: parameters with and without position tables, and multiply-adds in units of 10^9.
 PUBLISHED = {
@@ -386,8 +388,8 @@ def test_class_names_with_commas_are_kept_together():
 
 def test_amm_options_reach_the_model():
     from edt_diffusion import EDTTransformer2DModel
-    from edt_diffusion.cli.sample import _set_modulation
     from edt_diffusion.nn.modulation import AttentionModulation
+    from edt_diffusion.pipelines.modulation import choose_modulation
 
     model = EDTTransformer2DModel(depths=(1, 1, 1), dims=(16, 16, 16), num_heads=(2, 2, 2), sample_size=16)
     for amm, formula, radius, expected in [
@@ -397,10 +399,10 @@ def test_amm_options_reach_the_model():
         ("2", "cos", "3.5", AttentionModulation((2,), "cos", 3.5)),
         ("off", "exp", None, None),
     ]:
-        _set_modulation(model, amm, formula, radius, guidance=1.0)
+        choose_modulation(model, amm, formula, radius, guidance_scale=1.0)
         assert model.attention_modulation == expected
     small = EDTTransformer2DModel.from_size("S", sample_size=64)
-    _set_modulation(small, "s-512", "exp", None, guidance=1.0)
+    choose_modulation(small, "s-512", "exp", None, guidance_scale=1.0)
     assert small.attention_modulation == AttentionModulation((10,), "cos")
 
 

@@ -4,11 +4,13 @@ import inspect
 
 import typer
 
+from .compare import compare
 from .convert import convert
 from .data import data
 from .demo import demo
 from .ema import ema
 from .encode import encode
+from .evaluate import evaluate
 from .info import info
 from .plot import plot
 from .runs import runs
@@ -26,6 +28,8 @@ edt: train, run and judge an image generator (EDT, the Efficient Diffusion Trans
   edt plot runs/a runs/b                     their curves as a picture
   edt ema runs/a --sigma-rel 0.1             averaged weights of any length, after the training
   edt sample runs/small-32 --classes a,b     pictures of the classes you name
+  edt evaluate runs/a --reference pictures/  FID and others with intervals, for pictures too; class fidelity, copies
+  edt compare results/*.json                 results side by side, or why they cannot be compared
   edt info EDT-S/2                           size, cost, token grids and attention modulation of a model
   edt convert official.pt folder/            the authors' checkpoints as a diffusers folder
 
@@ -53,7 +57,7 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
         print(INTRODUCTION, flush=True)
 
 
-for _command in (demo, encode, train, runs, plot, ema, sample, info, convert):
+for _command in (demo, encode, train, runs, plot, ema, sample, evaluate, compare, info, convert):
     # The last paragraph of a docstring is the example with which the help ends; \b keeps it on its lines.
     _text, _, _example = inspect.getdoc(_command).rpartition("\n\n")  # pyright: ignore[reportOptionalMemberAccess]
     app.command(help=_text, epilog=f"\b\n{_example}")(_command)

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .neighbours import nearest_neighbours
+
 Pictures = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
@@ -34,9 +36,7 @@ class PixelJudge:
 
 def nearest_distances(images: Pictures, others: Pictures) -> NDArray[np.float64]:
     """Euclidean distance, in pixel values of [0, 1], from each picture to the nearest of `others`: (N,)."""
-    a, b = _vectors(images), _vectors(others)
-    squared = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
-    return np.sqrt(np.maximum(squared, 0.0)).min(axis=1)
+    return nearest_neighbours(_vectors(images), _vectors(others))[0][:, 0]
 
 
 def memorisation_ratio(generated: Pictures, training: Pictures, held_out: Pictures) -> float:

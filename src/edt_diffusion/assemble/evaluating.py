@@ -1,0 +1,449 @@
+"""An evaluation, from what a user names to results. Read it from top to bottom to see what is opened when."""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ..config import RunConfig, load_config
+from ..data import ImageDataset, LatentStore, open_dataset
+from ..data.encoding_job import default_device, processes
+from ..data.first_use import fingerprint
+from ..data.shard_files import is_store
+from ..data.sources import find_source
+from ..evaluation.adm_npz import SampleNpzWriter, write_statistics_npz
+from ..evaluation.digests import digest_of
+from ..evaluation.extractors import Extractor, open_extractor
+from ..evaluation.generate import Samples
+from ..evaluation.in_training import MetricsDuringTraining
+from ..evaluation.inputs import Input, dataset_input, open_input
+from ..evaluation.judging import JudgeSettings, Judging
+from ..evaluation.labels import LabelPolicy, choose_labels
+from ..evaluation.measure import choose_metrics, possible_metrics
+from ..evaluation.metrics import MetricSettings
+from ..evaluation.parts import Gathered
+from ..evaluation.pixels import as_source
+from ..evaluation.reference import Known, features_of
+from ..evaluation.report import write_tables
+from ..evaluation.result import SHARED, Result
+from ..evaluation.settings import parse_setting, parse_sweep
+from ..evaluation.sweep import Evaluation
+from ..pipelines import ClassConditionalPipeline
+from ..pipelines.loading import load_pipeline
+from ..training.trainer import Callback
+from ..util.errors import UserError
+from ..util.weights import weights_sha256
+from .during import split_for_validation
+
+# What is sampled when nobody says otherwise: enough for small extractors; published figures take 50,000.
+SAMPLES = 5000
+
+
+@dataclass
+class Request:
+    """What `edt evaluate` was asked for.
+
+    Attributes:
+        what: a model (run folder, diffusers folder, hub name), pictures, or an `.npz`.
+        sweep: axes, such as "guidance=1,2".
+        sampling: fields of `SamplingSetting` for what the sweep does not vary.
+        reference: real pictures or their statistics; None takes the pictures that the run was trained on.
+        training: what copies are looked for in and a judge is trained on; None as for the reference.
+        extractor: as `open_extractor` takes it.
+        samples: how many to make, or to take of pictures.
+        labels: the policy; see `choose_labels`.
+        seed: of the samples.
+        batch: pictures computed at once; None chooses.
+        metrics: names separated by commas, "all", or None.
+        settings: of the metrics.
+        judge: how to judge, or None.
+        size: (height, width) that pictures are brought to.
+        out: the folder of results; None makes one beside the model.
+        save_samples, save_statistics: `.npz` files to write, in the layout of ADM's evaluator.
+        device: where to compute; None is the GPU if there is one.
+        quiet: no progress.
+    """
+
+    what: str
+    sweep: Sequence[str] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    training: str | None = None
+    extractor: str = "inception"
+    samples: int | None = None
+    labels: str = "auto"
+    seed: int = 0
+    batch: int | None = None
+    metrics: str | None = None
+    settings: MetricSettings = field(default_factory=MetricSettings)
+    judge: JudgeSettings | None = None
+    size: tuple[int, int] | None = None
+    out: Path | None = None
+    save_samples: Path | None = None
+    save_statistics: Path | None = None
+    device: str | None = None
+    quiet: bool = True
+
+
+@dataclass
+class Outcome:
+    """What came of it: results, and the files that hold them; nothing on processes other than the main one."""
+
+    results: list[Result]
+    out: Path
+    written: list[Path]
+
+
+def is_model(what: str) -> bool:
+    """Whether a name is that of a model, and not of pictures."""
+    path = Path(what).expanduser()
+    if path.is_dir():
+        return any((path / name).is_file() for name in ("model_index.json", "model/model_index.json", "config.yaml"))
+    return not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", what) is not None and path.suffix != ".npz"
+
+
+def evaluate(request: Request) -> Outcome:
+    """Do what was asked for.
+
+    Raises:
+        UserError: for anything the user can put right.
+    """
+    settings, _ = parse_sweep(request.sweep, request.sampling)  # mistakes are told before anything is opened
+    choose_metrics(request.metrics)
+    if request.labels not in get_args(LabelPolicy):
+        raise UserError(f"label policy {request.labels!r}: expected {', '.join(get_args(LabelPolicy))}")
+    for path in (request.save_samples, request.save_statistics):
+        if path is not None and len(settings) > 1:
+            raise UserError(f"{path} holds one setting, and the sweep has {len(settings)}: leave the file out")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+    if is_model(request.what):
+        if request.size is not None:
+            raise UserError(f"{request.what} is a model, and --size is for pictures: leave it out")
+    else:
+        if request.labels != "auto":
+            raise UserError(f"{request.what} is no model, and --labels is about how a model is sampled: leave it out")
+        if request.sweep or request.sampling:
+            given = next(iter([*(word.partition("=")[0] for word in request.sweep), *request.sampling]))
+            raise UserError(f"{request.what} is no model, and {given} is about how a model is sampled: leave it out")
+        return _evaluate_pictures(request)
+    return _evaluate_model(request, settings)
+
+
+def _evaluate_model(request: Request, settings: list[Any]) -> Outcome:
+    rank, world_size = processes()
+    device = _device(request.device)
+    pipeline = load_pipeline(request.what)
+    pipeline.set_progress_bar_config(disable=True)
+    model = model_facts(pipeline, request.what)
+    pipeline.to(device)
+    extractor = open_extractor(request.extractor, device)
+    needed = request.reference is None or (request.judge is not None and request.training is None)
+    run = RunPictures.of(request.what) if needed else None
+    shape = picture_shape(pipeline)
+    reference = _side(request.reference, run, shape, "reference")
+    count = request.samples or SAMPLES
+    names, classes = pipeline.class_names, pipeline.transformer.config.num_classes
+    pictures = None if reference is None else reference.pictures
+    labels, policy = choose_labels(
+        request.labels, count, names, classes, request.seed,
+        None if pictures is None else pictures.labels, None if pictures is None else pictures.class_names,
+    )  # fmt: skip
+    batch = request.batch or min(count, 64 if pipeline.vae is None else 16)
+    plan = [Samples(pipeline, setting, labels, count, request.seed, batch) for setting in settings]
+    known = _known(reference, extractor, request.quiet, rank, world_size)
+    metrics = possible_metrics(extractor, shape[:2], known and known.features, choose_metrics(request.metrics))
+    judging = _judging(request, run, shape, names, extractor, labels is not None)
+    facts = sample_facts(count, policy, request.seed, batch, shape)
+    key = digest_of([model["transformer_sha256"], extractor.identity(), known and known.sha256, facts])
+    evaluation = Evaluation(
+        request.out or Path(request.what if Path(request.what).is_dir() else "results") / "evaluation" / key[:8],
+        extractor, known, facts, model, metrics, request.settings, labels,
+        judging=judging, keep_pictures=request.save_samples is not None, quiet=request.quiet, rank=rank,
+        world_size=world_size, device=str(device),
+    )  # fmt: skip
+    results = evaluation.run(plan)
+    if rank:
+        return Outcome([], evaluation.out, [])
+    written = [evaluation.out]
+    if request.save_samples is not None or request.save_statistics is not None:
+        gathered = evaluation.gather(evaluation.parts(plan[-1]), plan[-1].make, "samples")
+        assert gathered is not None
+        written += _save(request, gathered, gathered.extras.get("pictures"), labels, extractor)
+    return Outcome(results, evaluation.out, written)
+
+
+def _evaluate_pictures(request: Request) -> Outcome:
+    rank, world_size = processes()
+    device = _device(request.device)
+    side = open_input(request.what, size=request.size, limit=request.samples)
+    if side.pictures is None:
+        raise UserError(f"{request.what} holds statistics only: give them as --reference, and pictures to evaluate")
+    extractor = open_extractor(request.extractor, device)
+    shape = side.pictures.shape
+    reference = _side(request.reference, None, shape, "reference")
+    known = _known(reference, extractor, request.quiet, rank, world_size)
+    measured = known is not None or request.save_statistics is None or request.metrics is not None
+    names = choose_metrics(request.metrics)
+    metrics = possible_metrics(extractor, shape[:2], known and known.features, names) if measured else None
+    here = features_of(side, extractor, quiet=request.quiet, rank=rank, world_size=world_size)
+    if rank:
+        return Outcome([], Path(), [])
+    labels = side.pictures.labels
+    judging = _judging(request, None, shape, side.pictures.class_names, extractor, labels is not None)
+    facts = {**here.facts, "count": len(side.pictures), "labels": "as found", "channels": shape[2]}
+    name = re.sub(r"[^\w.+-]", "_", Path(request.what).stem) or "pictures"
+    name = f"{name}_" if f"{name}.json" == SHARED else name
+    key = digest_of([here.sha256, extractor.identity(), known and known.sha256])
+    evaluation = Evaluation(
+        request.out or Path("results") / f"{name}-{key[:8]}",
+        extractor, known, facts, None, metrics, request.settings, labels, judging=judging, quiet=request.quiet,
+        device=str(device),
+    )  # fmt: skip
+    written: list[Path] = []
+    gathered = Gathered(here.features, 0.0, here.sha256, {})
+    results = []
+    if measured:
+        evaluation.begin()
+        results = [evaluation.result(Path(request.what).name or "pictures", name, gathered, side.pictures)]
+        evaluation.save(results[0], name)
+        write_tables(evaluation.out, evaluation.all_results())
+        written.append(evaluation.out)
+    written += _save(request, gathered, side.pictures, labels, extractor)
+    return Outcome(results, evaluation.out, written)
+
+
+def _device(name: str | None) -> str:
+    wanted = name or (default_device() if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--device {name} cannot be used ({reason}): expected such as cpu or cuda:0") from None
+    return wanted
+
+
+def _known(side: Input | None, extractor: Extractor, quiet: bool, rank: int, world_size: int) -> Known | None:
+    """The features of the reference, which the processes compute together and all get."""
+    return None if side is None else features_of(side, extractor, quiet=quiet, rank=rank, world_size=world_size)
+
+
+def _side(path: str | None, run: "RunPictures | None", shape: tuple[int, int, int], what: str) -> Input | None:
+    """The real pictures that are named, brought to the size of the samples; or those of the run."""
+    if path is not None:
+        channels = 1 if shape[2] == 1 else 3
+        return open_input(path, size=shape[:2], channels=channels)
+    if run is not None and (*run.training.size, run.training.channels) == shape:
+        return dataset_input(run.training, run.path, run.preparation, run.key)
+    return None
+
+
+def _judging(
+    request: Request,
+    run: "RunPictures | None",
+    shape: tuple[int, int, int],
+    class_names: list[str] | None,
+    extractor: Extractor,
+    labelled: bool,
+) -> Judging | None:
+    if request.judge is None:
+        return None
+    held_out, mirrored = None, False
+    path = request.training or (request.reference if run is None else None)
+    if path is not None:
+        if str(path).endswith(".npz"):
+            raise UserError(f"a judge needs pictures with class names, and {path} has none: name them by --training")
+        side = open_input(path, size=shape[:2], channels=1 if shape[2] == 1 else 3)
+        assert side.pictures is not None
+        training = side.pictures.dataset  # pyright: ignore[reportAttributeAccessIssue]
+    elif run is not None:
+        training, held_out, mirrored = run.training, run.held_out, run.mirrored
+    else:
+        raise UserError("--judge needs the pictures that the model was trained on: name them by --training")
+    return Judging(request.judge, training, held_out, mirrored, class_names, extractor, request.quiet, labelled)
+
+
+@dataclass(frozen=True)
+class RunPictures:
+    """The pictures that a run was trained on.
+
+    Attributes:
+        training: those that it learns from.
+        held_out: those that it is validated on, or None.
+        mirrored: whether it sees them mirrored too.
+        path, preparation, key: for `evaluation.inputs.dataset_input`.
+    """
+
+    training: ImageDataset
+    held_out: ImageDataset | None
+    mirrored: bool
+    path: str
+    preparation: str
+    key: list[Any]
+
+    @classmethod
+    def of(cls, what: str) -> "RunPictures | None":
+        """Those of a run folder; None for other models, and for runs from a store, which holds no pictures.
+
+        Raises:
+            UserError: they have been moved away.
+        """
+        settings = Path(what) / "config.yaml"
+        if not settings.is_file():
+            return None
+        config: RunConfig = load_config(settings)
+        try:
+            return cls.behind(config)
+        except UserError as error:
+            raise UserError(
+                f"the pictures that {what} was trained on ({config.data.path}) cannot be had ({error}): "
+                "name them by --reference, and for a judge by --training"
+            ) from None
+
+    @classmethod
+    def behind(cls, config: RunConfig) -> "RunPictures | None":
+        """Those of a configuration, also where it trains on their latents; None if it names a store or a stream."""
+        data = config.data
+        if data.path is None or is_store(data.path) or data.streaming or data.size is None:
+            return None
+        crop = "center" if data.crop == "random" else data.crop
+        pixels = data.model_copy(
+            update={
+                "codec": None, "crop": crop, "cache": "auto", "latent_scaling": "codec", "verify": "auto",
+                "codec_batch": None,
+            }
+        )  # fmt: skip
+        dataset = open_dataset(pixels, config.seed)
+        assert isinstance(dataset, ImageDataset)
+        training, held_out = split_for_validation(config.model_copy(update={"data": pixels}), dataset)
+        assert isinstance(training, ImageDataset)
+        assert held_out is None or isinstance(held_out, ImageDataset)
+        preparation, key = _origin(config, training)
+        return cls(training, held_out, data.flip, data.path, preparation, key)
+
+
+def _origin(config: RunConfig, dataset: ImageDataset) -> tuple[str, list[Any]]:
+    """`preparation` and `key` of a part of a run's pictures; see `evaluation.inputs.Input`."""
+    data = config.data
+    assert data.path is not None
+    found = find_source(data.path, image_column=data.image_column, label_column=data.label_column, split=data.split)
+    crop = "center" if data.crop == "random" else data.crop
+    preparation = f"{crop} to {dataset.size[0]}x{dataset.size[1]}"
+    # Which pictures they are, too: the settings do not tell of every part that is held out.
+    rows = hashlib.sha256(dataset._rows.astype(np.int64).tobytes()).hexdigest()
+    place = os.path.realpath(data.path)
+    return preparation, [place, fingerprint(data.path, found), preparation, data.limit, rows, data.image_column]
+
+
+def evaluation_callback(
+    config: RunConfig,
+    trained_on: ImageDataset | LatentStore,
+    pipeline: ClassConditionalPipeline,
+    accelerator: Accelerator,
+    folder: Path,
+    quiet: bool,
+) -> list[Callback]:
+    """The callback that measures samples while a run trains, if it is asked for.
+
+    Raises:
+        UserError: extractor, reference, labels or sampling cannot be had: told before the first step.
+    """
+    wanted = config.evaluation
+    if not wanted.every:
+        return []
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    extractor = open_extractor(wanted.extractor, accelerator.device)
+    shape = picture_shape(pipeline)
+    if wanted.reference is not None:
+        side = _side(wanted.reference, None, shape, "reference")
+        assert side is not None
+    elif isinstance(trained_on, ImageDataset) and config.data.path is not None:
+        side = dataset_input(trained_on, config.data.path, *_origin(config, trained_on))
+    elif (run := RunPictures.behind(config)) is not None:
+        side = dataset_input(run.training, run.path, run.preparation, run.key)
+    else:
+        raise UserError("evaluation.reference is not set: a latent store holds no pictures to compare with, name some")
+    pictures = side.pictures
+    labels, policy = choose_labels(
+        wanted.labels, wanted.samples, pipeline.class_names, pipeline.transformer.config.num_classes, wanted.seed,
+        None if pictures is None else pictures.labels, None if pictures is None else pictures.class_names,
+    )  # fmt: skip
+    setting = parse_setting(
+        {
+            "guidance": wanted.guidance, "scheduler": wanted.scheduler, "steps": wanted.num_inference_steps,
+            "amm": wanted.amm,
+        }
+    )  # fmt: skip
+    batch = min(wanted.batch_size or (64 if pipeline.vae is None else 16), wanted.samples)
+    samples = Samples(pipeline, setting, labels, wanted.samples, wanted.seed, batch)
+    facts = sample_facts(wanted.samples, policy, wanted.seed, batch, shape)
+    reference = features_of(side, extractor, quiet=quiet, rank=rank, world_size=world_size)
+    call = MetricsDuringTraining(
+        samples, extractor, reference, facts, accelerator, folder / "evaluation", wanted.metrics
+    )
+    call.check()
+    return [Callback(wanted.every, call, everywhere=True)]
+
+
+def sample_facts(count: int, policy: str, seed: int, batch: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What a manifest says of samples."""
+    return {
+        "kind": "generated", "count": count, "labels": policy, "seed": seed, "batch": batch, "size": [*shape[:2]],
+        "channels": shape[2], "preparation": "none",
+    }  # fmt: skip
+
+
+def model_facts(pipeline: ClassConditionalPipeline, source: str) -> dict[str, Any]:
+    """What a manifest says of a model."""
+    return {
+        "from": source,
+        "kind": type(pipeline.transformer).__name__,
+        "transformer_sha256": weights_sha256(pipeline.transformer),
+        "vae_sha256": None if pipeline.vae is None else weights_sha256(pipeline.vae),
+        "classes": pipeline.transformer.config.num_classes,
+        "settings_sha256": digest_of([_settings(part) for part in (pipeline, *pipeline.components.values())]),
+    }
+
+
+def _settings(part: Any) -> dict[str, str]:
+    """What a part's configuration says, without names of files and versions."""
+    own = {} if part is None else part.config
+    return {name: repr(value) for name, value in own.items() if not name.startswith("_")}
+
+
+def picture_shape(pipeline: ClassConditionalPipeline) -> tuple[int, int, int]:
+    """(H, W, C) of a pipeline's pictures."""
+    config = pipeline.transformer.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    codec = pipeline._codec(config.in_channels)
+    channels = 3 if pipeline.vae is not None else config.in_channels
+    return height * codec.downsample_factor, width * codec.downsample_factor, channels
+
+
+def _save(
+    request: Request, gathered: Gathered, pictures: Any, labels: np.ndarray | None, extractor: Extractor
+) -> list[Path]:
+    """Write the `.npz` files that were asked for."""
+    written = []
+    if request.save_samples is not None:
+        count = len(gathered.features)
+        first = as_source(pictures).images([0])[0]
+        with SampleNpzWriter(request.save_samples, count, first.shape[:2]) as file:
+            for start in range(0, count, 256):
+                part = np.arange(start, min(start + 256, count))
+                images = as_source(pictures).images(part)
+                images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+                file.append(images, None if labels is None else labels[part])
+        written.append(request.save_samples)
+    if request.save_statistics is not None:
+        write_statistics_npz(request.save_statistics, gathered.features.statistics, gathered.features.spatial)
+        written.append(request.save_statistics)
+    return written

@@ -1,0 +1,1 @@
+"""Classifiers of pictures, one kind per file."""

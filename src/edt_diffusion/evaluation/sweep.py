@@ -1,0 +1,266 @@
+"""From samples to results: one setting after another, each kept as soon as it is done.
+
+In the folder of an evaluation lie `evaluation.json` (what all its results share), one JSON per result, `table.md`,
+`table.csv`, `pareto.png`, and `features/`, from which an interrupted sweep goes on and a later metric is computed
+without sampling anew.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..util.errors import UserError
+from ..util.files import atomic_write_json, make_folder
+from ..util.progress import CountProgress
+from .digests import digest_of
+from .extractors.base import Extractor
+from .feature_set import FeatureSet
+from .generate import Samples
+from .judging import Judging
+from .measure import measure
+from .metrics import MetricSettings, paired_difference
+from .parts import FeatureParts, Gathered, MakePictures
+from .pixels import PictureSource
+from .reference import Known
+from .report import write_tables
+from .result import PROTOCOL, SHARED, Result, environment
+from .settings import SamplingSetting
+
+PICTURES = "pictures"
+
+# Sets of so many bytes of pixels are kept beside their features, larger ones only if somebody needs them.
+_SMALL_BYTES = 1 << 30
+
+
+@dataclass
+class Evaluation:
+    """What all results of one folder share.
+
+    Attributes:
+        out: the folder.
+        extractor: of the features.
+        reference: real pictures or statistics of them, or None.
+        samples: facts of the samples for the manifest: `count`, `labels` (the policy), `seed`, `size` and so on.
+        model: facts of the model for the manifest; None for pictures that were there.
+        metrics: names of `METRICS`, or None for the usual ones.
+        settings: of the metrics.
+        labels: int64 (count,), the classes of the samples, or None.
+        judging: class fidelity and memorisation, or None.
+        keep_pictures: keep the samples beside their features. Small sets are kept anyway, so that they can be judged
+            later without being made anew.
+        quiet: no progress.
+        rank, world_size: of the processes that share the sampling.
+    """
+
+    out: Path
+    extractor: Extractor
+    reference: Known | None
+    samples: dict[str, Any]
+    model: dict[str, Any] | None = None
+    metrics: Sequence[str] | None = None
+    settings: MetricSettings = field(default_factory=MetricSettings)
+    labels: np.ndarray | None = None
+    judging: Judging | None = None
+    keep_pictures: bool = False
+    quiet: bool = True
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+    def shared(self) -> dict[str, Any]:
+        """What is the same for all results of the folder."""
+        return {
+            "protocol": PROTOCOL,
+            "samples": self.samples,
+            "model": self.model,
+            "extractor": self.extractor.identity(),
+            "reference": None if self.reference is None else {**self.reference.facts, "sha256": self.reference.sha256},
+            "settings": self.settings.model_dump(mode="json"),
+        }
+
+    def begin(self) -> None:
+        """Make the folder, or make sure that it is of this evaluation.
+
+        Raises:
+            UserError: it holds results of another evaluation, or cannot be written to.
+        """
+        make_folder(self.out)
+        path = self.out / SHARED
+        self.all_results()  # a folder with JSON files of other kinds is refused
+        here = json.loads(json.dumps(self.shared()))
+        try:
+            there = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            if self.rank == 0:
+                atomic_write_json(path, here)
+            return
+        except ValueError:
+            there = None
+        if not isinstance(there, dict):
+            raise UserError(f"{path} is damaged: remove it, or name another folder by --out")
+        changed = [name for name in here if _content(here[name]) != _content(there.get(name))]
+        if changed:
+            raise UserError(
+                f"{self.out} holds results of another evaluation (other {', '.join(changed)}): name another folder by "
+                "--out"
+            )
+
+    def run(self, plan: Sequence[Samples]) -> list[Result]:
+        """Evaluate the samples of several settings, in their order; what is done already is not done again.
+
+        The first setting is what the others are compared with, from the same seeds. Metrics that a result has from
+        an earlier run stay in it.
+
+        Returns:
+            The results; none on processes other than the main one.
+        """
+        self.begin()
+        origin = plan[0].setting.label() if len(plan) > 1 else None
+        todo = [number for number, samples in enumerate(plan) if self._known(samples, origin) is None]
+        if todo and len(plan) > 1:
+            todo = sorted({0, *todo})  # the others are compared with it
+        results: list[Result] = []
+        first: tuple[Result, FeatureSet] | None = None
+        for number, samples in enumerate(plan):
+            result = self._known(samples, origin)
+            if number in todo:
+                label = samples.setting.label()
+                parts = self.parts(samples)
+                gathered = self.gather(parts, samples.make, f"setting {number + 1} of {len(plan)} ({label})")
+                if gathered is None:
+                    continue
+                if result is None:
+                    pictures = gathered.extras.get(PICTURES)
+                    result = self.result(label, slug(samples.setting), gathered, pictures, samples.facts())
+                    if first is not None:
+                        result.against = self._against(first, gathered.features)
+                    self.save(result, slug(samples.setting))
+                first = first or (result, gathered.features)
+            if result is not None and self.rank == 0:
+                results.append(result)
+                write_tables(self.out, self.all_results())
+        return results
+
+    def gather(self, parts: FeatureParts, make: MakePictures, what: str) -> Gathered | None:
+        """The features of one set; None on processes other than the main one."""
+        with CountProgress(what, "pictures", self.quiet or self.rank > 0) as told:
+            return parts.gather(
+                make,
+                self.extractor,
+                rank=self.rank,
+                world_size=self.world_size,
+                progress=lambda done, total: told(done, total),
+                extras={PICTURES: lambda pictures: pictures} if self._keeps() else {},
+            )
+
+    def result(
+        self,
+        label: str,
+        name: str,
+        gathered: Gathered,
+        pictures: np.ndarray | PictureSource | None,
+        sampling: dict[str, Any] | None = None,
+    ) -> Result:
+        """Measure one set of pictures.
+
+        Args:
+            label: see `Result`.
+            name: of its files, without an extension.
+            gathered: the features.
+            pictures: the set itself, for judging.
+            sampling: facts for the manifest; None for pictures that were there.
+        """
+        known = None if self.reference is None else self.reference.features
+        numbers, warnings = measure(gathered.features, known, self.extractor, self.metrics, self.settings)
+        manifest = {**self.shared(), "sampling": sampling, "environment": environment(self.device)}
+        manifest["judged_by"] = None if self.judging is None else self.judging.identity
+        manifest["samples"] = {**self.samples, "sha256": gathered.pictures_sha256}
+        seconds = gathered.seconds / self.samples["count"] if sampling is not None else None
+        result = Result(label, numbers, manifest, seconds, warnings=warnings)
+        if self.judging is not None:
+            assert pictures is not None
+            self.judging(result, pictures, self.labels, self.out / name)
+        return result
+
+    def save(self, result: Result, name: str) -> None:
+        """Write a result, adding what was measured of the same pictures before and is not in it."""
+        path = self.out / f"{name}.json"
+        if path.is_file():
+            earlier, manifest = Result.load(path), result.manifest
+            if _same_pictures(earlier, result):
+                result.metrics = {**earlier.metrics, **result.metrics}
+                result.warnings = list(dict.fromkeys([*earlier.warnings, *result.warnings]))
+                if self.judging is None:
+                    result.judge, result.memorisation = earlier.judge, earlier.memorisation
+                    manifest["judged_by"] = earlier.manifest.get("judged_by")
+        result.save(path)
+
+    def _keeps(self) -> bool:
+        size = int(self.samples["count"]) * int(np.prod(self.samples["size"])) * int(self.samples["channels"])
+        return self.model is not None and (self.keep_pictures or self.judging is not None or size <= _SMALL_BYTES)
+
+    def all_results(self) -> list[Result]:
+        """Every result in the folder, by name."""
+        paths = sorted(path for path in self.out.glob("*.json") if path.name != SHARED)
+        return [Result.load(path) for path in paths]
+
+    def _known(self, samples: Samples, origin: str | None) -> Result | None:
+        """The result of these samples that is there, if it has all that is asked for.
+
+        Args:
+            samples: the setting.
+            origin: label of the setting that it is to be compared with; None without one.
+        """
+        path = self.out / f"{slug(samples.setting)}.json"
+        if not path.is_file():
+            return None
+        result = Result.load(path)
+        compared = None if origin in (None, result.label) else origin
+        whole = set(self.metrics or ()) <= set(result.metrics)
+        if origin is not None:
+            whole = whole and (result.against or {}).get("label") == compared
+        judged = self.judging is None or result.manifest.get("judged_by") == self.judging.identity
+        same = result.manifest["sampling"] == samples.facts() and judged
+        return result if whole and same else None
+
+    def parts(self, samples: Samples) -> FeatureParts:
+        """Where the features of a setting are gathered."""
+        packages = environment("cpu")["packages"]
+        key = [
+            {**self.shared(), "reference": None, "settings": None}, samples.facts(), samples.batch, self._keeps(),
+            [packages[name] for name in ("edt-diffusion", "torch", "diffusers")],
+        ]  # fmt: skip
+        folder = self.out / "features" / digest_of(key)[:16]
+        return FeatureParts(folder, int(self.samples["count"]), samples.batch, self.labels)
+
+    def _against(self, first: tuple[Result, FeatureSet], features: FeatureSet) -> dict[str, Any]:
+        known = None if self.reference is None else self.reference.features
+        found = None
+        if known is not None and "fid" in first[0].metrics:
+            found = paired_difference(features, first[1], known, "fid", self.settings)
+        return {
+            "label": first[0].label,
+            "metric": None if found is None else "fid",
+            "difference": None if found is None else found.value,
+            "low": None if found is None else found.low,
+            "high": None if found is None else found.high,
+        }
+
+
+def _same_pictures(one: Result, other: Result) -> bool:
+    digests = [result.manifest.get("samples", {}).get("sha256") for result in (one, other)]
+    return digests[0] == digests[1] and one.manifest.get("sampling") == other.manifest["sampling"]
+
+
+def slug(setting: SamplingSetting) -> str:
+    """A file name for a setting, different for different ones."""
+    return setting.label().replace(" ", "_").replace("=", "-").replace("/", "-")
+
+
+def _content(facts: Any) -> Any:
+    """Facts without what says only where something lay."""
+    return {name: value for name, value in facts.items() if name != "from"} if isinstance(facts, dict) else facts
