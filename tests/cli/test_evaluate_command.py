@@ -224,9 +224,16 @@ def test_a_sweep_and_what_is_added_to_it(edt, model, digits, work, sampled):
     values = [result["metrics"]["fid"]["value"] for result in first["results"]]
     assert len(set(values)) == 4
     assert first["results"][0]["against"] is None
-    assert [result["against"]["difference"] for result in first["results"][1:]] == pytest.approx(
-        [value - values[0] for value in values[1:]]
-    )
+    differences = [
+        (axis, found["to"], found["difference"])
+        for result in first["results"][1:]
+        for axis, found in result["against"].items()
+    ]
+    assert [(axis, to) for axis, to, _ in differences] == [
+        ("amm", "amm=off"), ("guidance", "guidance=1"), ("guidance", "guidance=1"), ("amm", "amm=off"),
+    ]  # fmt: skip
+    pairs = [(1, 0), (2, 0), (3, 1), (3, 2)]
+    assert [difference for _, _, difference in differences] == pytest.approx([values[a] - values[b] for a, b in pairs])
     modulations = [result["manifest"]["sampling"]["attention_modulation"] for result in first["results"]]
     assert [modulation and modulation["blocks"] for modulation in modulations] == [None, [2], None, [2]]
     assert {result["manifest"]["samples"]["labels"] for result in first["results"]} == {"reference"}

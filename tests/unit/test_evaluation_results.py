@@ -103,8 +103,16 @@ def test_what_does_not_matter_is_told_at_most(path, value, caution):
 # ------------------------------------------------------------------------------------------- files
 
 
+def test_classes_as_found_are_told_and_chosen_ones_must_agree():
+    found, random = changed("samples.labels", "as found"), changed("samples.labels", "random")
+    assert incomparable(result(), found) == []
+    assert cautions(result(), found) == ["label policy: balanced and as found"]
+    assert incomparable(result(), random) == ["label policy: balanced and random"]
+    assert cautions(result(), random) == []
+
+
 def test_a_result_comes_back_from_its_file(tmp_path):
-    one = result(against={"label": "a", "difference": 1.0, "low": 0.0, "high": 2.0}, seconds_per_image=0.5)
+    one = result(against={"amm": {"label": "a", "difference": 1.0, "low": 0.0, "high": 2.0}}, seconds_per_image=0.5)
     one.warnings.append("few pictures")
     one.save(tmp_path / "a.json")
     assert Result.load(tmp_path / "a.json") == one
@@ -176,7 +184,8 @@ def full() -> list[Result]:
     plain = result("guidance=1 amm=off", 12.0, seconds_per_image=0.25)
     second = result("guidance=2 amm=off", 3.5, seconds_per_image=0.5)
     second.metrics["is"] = number(8.25, None, None, "IS", False)
-    second.against = {"label": plain.label, "metric": "fid", "difference": -8.5, "low": -9.0, "high": -8.0}
+    difference = {"to": "guidance=1", "metric": "fid", "difference": -8.5, "low": -9.0, "high": -8.0}
+    second.against = {"guidance": {**difference, "label": plain.label}}
     second.judge = {"class_fidelity": 0.5, "interval": [0.4, 0.6]}
     second.memorisation = {"ratio": 0.9876}
     return [plain, second]
@@ -185,7 +194,7 @@ def full() -> list[Result]:
 def test_cells_of_the_table():
     heads, table = rows(full())
     assert heads == [
-        "setting", "FID ↓", "IS ↑", "class fidelity ↑", "novelty ↑", "difference from the first", "s/image ↓",
+        "setting", "FID ↓", "IS ↑", "class fidelity ↑", "novelty ↑", "Δ to guidance=1", "s/image ↓",
     ]  # fmt: skip
     assert table == [
         ["guidance=1 amm=off", "12 [11, 13]", "", "", "", "", "0.25"],
@@ -196,9 +205,9 @@ def test_cells_of_the_table():
 
 def test_cells_of_what_could_not_be_had():
     one = full()[1]
-    one.against = {"label": "a", "metric": None, "difference": None, "low": None, "high": None}
+    one.against = None
     one.memorisation = {"ratio": None}
-    assert rows([one])[1] == [["guidance=2 amm=off", "3.5 [2.5, 4.5]", "8.25", "50.0% [40.0%, 60.0%]", "", "", "0.5"]]
+    assert rows([one])[1] == [["guidance=2 amm=off", "3.5 [2.5, 4.5]", "8.25", "50.0% [40.0%, 60.0%]", "", "0.5"]]
 
 
 def test_tables_as_text_and_markdown():

@@ -13,9 +13,9 @@ from edt_diffusion.evaluation.measure import choose_metrics, measure, possible_m
 from edt_diffusion.evaluation.metrics import MetricSettings
 from edt_diffusion.evaluation.reference import Known
 from edt_diffusion.evaluation.result import Result
-from edt_diffusion.evaluation.settings import SamplingSetting
+from edt_diffusion.evaluation.settings import SamplingSetting, parse_sweep
 from edt_diffusion.evaluation.statistics import GaussianStatistics
-from edt_diffusion.evaluation.sweep import Evaluation
+from edt_diffusion.evaluation.sweep import Evaluation, partners
 from edt_diffusion.util.errors import UserError
 
 COUNT = 60
@@ -82,9 +82,10 @@ def test_numbers_are_those_of_the_pictures(tmp_path):
         assert result.manifest["sampling"] == {"guidance": made.setting.guidance}
         assert result.manifest["reference"]["sha256"] == "6" * 64
         assert Result.load(tmp_path / f"guidance-{made.setting.guidance:g}_amm-saved.json") == result
-    against = results[1].against
     assert results[0].against is None
-    assert against["label"] == results[0].label
+    assert list(results[1].against) == ["guidance"]
+    against = results[1].against["guidance"]
+    assert (against["to"], against["label"]) == ("guidance=1", results[0].label)
     values = [result.metrics["fid"]["value"] for result in results]
     assert against["difference"] == pytest.approx(values[1] - values[0])
     assert against["low"] < against["difference"] < against["high"]
@@ -123,7 +124,7 @@ def test_a_longer_sweep_adds_rows(tmp_path):
     results = evaluation(tmp_path).run(longer)
     assert [made.made for made in longer] == [[], [], [0, 16, 32, 48]]
     assert results[:2] == first
-    assert results[2].against["label"] == first[0].label
+    assert results[2].against["guidance"]["label"] == first[0].label
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 4
 
 
@@ -132,8 +133,22 @@ def test_differences_are_from_the_first_of_the_sweep_that_was_asked_for(tmp_path
     results = evaluation(tmp_path).run(plan(2, 1))
     values = list(numbers(results).values())
     assert results[0].against is None
-    assert results[1].against["label"] == "guidance=2 amm=saved"
-    assert results[1].against["difference"] == pytest.approx(values[1] - values[0])
+    assert results[1].against["guidance"]["label"] == "guidance=2 amm=saved"
+    assert results[1].against["guidance"]["difference"] == pytest.approx(values[1] - values[0])
+
+
+def test_settings_are_compared_along_each_axis_with_all_else_equal():
+    settings, _ = parse_sweep(["guidance=1,2", "amm=off,on", "steps=5,9"], {})
+    found = {setting.label(): partners(setting, settings) for setting in settings}
+    assert found["guidance=1 amm=off steps=5"] == {}
+    assert {axis: to.label() for axis, to in found["guidance=2 amm=on steps=9"].items()} == {
+        "guidance": "guidance=1 amm=on steps=9",
+        "amm": "guidance=2 amm=off steps=9",
+        "steps": "guidance=2 amm=on steps=5",
+    }
+    assert {axis: to.label() for axis, to in found["guidance=2 amm=off steps=5"].items()} == {
+        "guidance": "guidance=1 amm=off steps=5"
+    }
 
 
 def test_a_metric_that_is_added_later_needs_no_new_samples(tmp_path):
@@ -148,7 +163,7 @@ def test_a_metric_that_is_added_later_needs_no_new_samples(tmp_path):
 
 def test_a_sweep_without_fid_has_no_differences(tmp_path):
     results = evaluation(tmp_path, ["precision"]).run(plan(1, 2))
-    assert results[1].against["difference"] is None
+    assert results[1].against is None
     assert "precision" in (tmp_path / "table.csv").read_text()
 
 

@@ -11,9 +11,9 @@ from edt_diffusion.evaluation.metrics.resampling import (
     bootstrap_counts,
     bootstrap_means,
     subset_counts,
-    wilson_interval,
 )
 from edt_diffusion.evaluation.statistics import GaussianStatistics
+from edt_diffusion.evaluation.wilson import wilson_interval
 from edt_diffusion.util.errors import UserError
 
 
@@ -92,8 +92,8 @@ def test_the_level_moves_the_interval() -> None:
 
 def test_intervals_of_known_values() -> None:
     # 8 of 10: Wilson's interval in the textbooks is 0.490 to 0.943; of 0 of 10, 0 to 0.278.
-    assert wilson_interval(0.8, 10, 0.95) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0.0, 10, 0.95) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(8, 10, 0.95) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(0, 10, 0.95) == pytest.approx((0.0, 0.2775), abs=1e-4)
     few = Replicates(np.array([1.0, 3.0]), scale=2.0)
     assert few.error == pytest.approx(2 * np.sqrt(2))
     assert few.interval(10.0, 0.95) == pytest.approx((10 - 1.959964 * 2 * np.sqrt(2), 10 + 1.959964 * 2 * np.sqrt(2)))

@@ -32,7 +32,7 @@ from ..evaluation.parts import Gathered
 from ..evaluation.pixels import as_source
 from ..evaluation.reference import Known, features_of
 from ..evaluation.report import write_tables
-from ..evaluation.result import SHARED, Result
+from ..evaluation.result import AS_FOUND, SHARED, Result
 from ..evaluation.settings import parse_setting, parse_sweep
 from ..evaluation.sweep import Evaluation
 from ..pipelines import ClassConditionalPipeline
@@ -198,7 +198,7 @@ def _evaluate_pictures(request: Request) -> Outcome:
         return Outcome([], Path(), [])
     labels = side.pictures.labels
     judging = _judging(request, None, shape, side.pictures.class_names, extractor, labels is not None)
-    facts = {**here.facts, "count": len(side.pictures), "labels": "as found", "channels": shape[2]}
+    facts = {**here.facts, "count": len(side.pictures), "labels": AS_FOUND, "channels": shape[2]}
     name = re.sub(r"[^\w.+-]", "_", Path(request.what).stem) or "pictures"
     name = f"{name}_" if f"{name}.json" == SHARED else name
     key = digest_of([here.sha256, extractor.identity(), known and known.sha256])

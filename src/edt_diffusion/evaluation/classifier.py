@@ -17,13 +17,14 @@ from ..util.errors import UserError
 from ..util.files import make_folder
 from ..util.lookup import lookup
 from .extractors.base import Extractor
-from .fidelity import ClassFidelity, Share, class_fidelity, confusion_picture, wilson_interval
+from .fidelity import ClassFidelity, Share, class_fidelity, confusion_picture
 from .judges import conv, linear, logits
 from .judges.base import FACTS, Classifier, read_files, size_text
 from .judges.conv import ConvClassifier
 from .judges.linear import LinearProbe
 from .judges.logits import LogitsClassifier
 from .pixels import Progress
+from .wilson import wilson_interval
 
 __all__ = [
     "KINDS",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .result import Result
+from .result import AS_FOUND, Result
 
 # What must be equal: a path into the manifest, and what it is called.
 _MUST = {
@@ -17,9 +17,10 @@ _MUST = {
     "samples.count": "number of samples",
     "samples.size": "size of the samples",
     "samples.preparation": "preparation of the samples",
-    "samples.labels": "label policy",
     "settings": "settings of the metrics",
 }
+
+_LABELS = {"samples.labels": "label policy"}
 
 # What may be equal or not, and is worth knowing.
 _SHOULD = {
@@ -36,12 +37,17 @@ _ABSENT = object()
 
 def incomparable(one: Result, other: Result) -> list[str]:
     """Why the numbers of two results say nothing about each other; empty if they do."""
-    return _differences(one.manifest, other.manifest, _MUST)
+    return _differences(one.manifest, other.manifest, _LABELS | _MUST if _chosen(one, other) else _MUST)
 
 
 def cautions(one: Result, other: Result) -> list[str]:
     """What else differs that may move the numbers a little."""
-    return _differences(one.manifest, other.manifest, _SHOULD)
+    return _differences(one.manifest, other.manifest, _SHOULD if _chosen(one, other) else _LABELS | _SHOULD)
+
+
+def _chosen(one: Result, other: Result) -> bool:
+    """Whether the classes of both were chosen here; those of pictures from elsewhere are as they are."""
+    return all(_at(result.manifest, "samples.labels") != AS_FOUND for result in (one, other))
 
 
 def comparable_groups(results: Sequence[Result]) -> list[list[int]]:

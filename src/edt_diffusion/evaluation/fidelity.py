@@ -1,16 +1,15 @@
 """How often generated pictures are recognised as the class that was asked for."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..util.errors import UserError
+from .wilson import wilson_interval
 
 _TOP = 5
 _ANNOTATED = 30
@@ -62,26 +61,6 @@ class ClassFidelity:
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON holds it."""
         return {**dataclasses.asdict(self), "confusion": self.confusion.tolist()}
-
-
-def wilson_interval(correct: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of a share (Wilson 1927), which stays in [0, 1] and is of use even at 0 and at all.
-
-    Args:
-        correct: successes.
-        count: trials; with none the interval is (0, 1).
-        level: probability that the interval covers the true share, above 0 and below 1.
-    """
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}: expected a number above 0 and below 1, such as 0.95")
-    assert 0 <= correct <= count
-    if not count:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, weight = correct / count, z * z / count
-    middle = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
-    return (0.0 if correct == 0 else middle - half), (1.0 if correct == count else middle + half)
 
 
 def class_fidelity(

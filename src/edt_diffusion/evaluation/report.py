@@ -26,9 +26,9 @@ def rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     heads = ["setting", *metrics.values()]
     judged = any(result.judge for result in results)
     copied = any(result.memorisation for result in results)
-    compared = any(result.against for result in results)
+    compared = list(dict.fromkeys(found["to"] for result in results for found in (result.against or {}).values()))
     timed = any(result.seconds_per_image is not None for result in results)
-    heads += ["class fidelity ↑"] * judged + ["novelty ↑"] * copied + ["difference from the first"] * compared
+    heads += ["class fidelity ↑"] * judged + ["novelty ↑"] * copied + [f"Δ to {to}" for to in compared]
     heads += ["s/image ↓"] * timed
     table = []
     for result in results:
@@ -39,8 +39,8 @@ def rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         if copied:
             ratio = None if result.memorisation is None else result.memorisation["ratio"]
             cells.append("" if ratio is None else f"{ratio:.3f}")
-        if compared:
-            cells.append(_difference(result.against))
+        found = {difference["to"]: difference for difference in (result.against or {}).values()}
+        cells += [_difference(found.get(to)) for to in compared]
         if timed:
             cells.append("" if result.seconds_per_image is None else f"{result.seconds_per_image:.4g}")
         table.append(cells)

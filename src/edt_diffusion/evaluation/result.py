@@ -24,6 +24,9 @@ PROTOCOL = 1
 # What all results of a folder share, beside them.
 SHARED = "evaluation.json"
 
+# The label policy of pictures from elsewhere.
+AS_FOUND = "as found"
+
 _PACKAGES = ("edt-diffusion", "torch", "diffusers", "numpy", "pillow", "transformers")
 
 
@@ -37,7 +40,8 @@ class Result:
         manifest: what the numbers depend on: `samples`, `model`, `sampling`, `extractor`, `reference`, `settings` (of
             the metrics) and `environment`.
         seconds_per_image: what sampling took, None for pictures that were there.
-        against: differences from another result of the sweep, made with the same seeds.
+        against: by axis of a sweep, the difference of the Fréchet distances to the setting with the first value of that
+            axis and all else equal, from the same seeds.
         judge: class fidelity, if it was judged.
         memorisation: nearest neighbours in the training set, if they were looked for.
         warnings: what a reader must know.

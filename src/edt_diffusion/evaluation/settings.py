@@ -43,6 +43,11 @@ class SamplingSetting(BaseModel):
             lookup(SCHEDULERS, name, "scheduler")
         return name
 
+    @staticmethod
+    def shown(axis: str, value: Any) -> str:
+        """One field as labels write it, such as "guidance=2"."""
+        return f"{axis}={_text(value)}"
+
     def label(self) -> str:
         """A short name such as "guidance=2 amm=on steps=20": guidance, AMM, and what differs from the defaults."""
         default = SamplingSetting()

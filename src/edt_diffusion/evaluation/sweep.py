@@ -18,7 +18,6 @@ from ..util.files import atomic_write_json, make_folder
 from ..util.progress import CountProgress
 from .digests import digest_of
 from .extractors.base import Extractor
-from .feature_set import FeatureSet
 from .generate import Samples
 from .judging import Judging
 from .measure import measure
@@ -112,38 +111,63 @@ class Evaluation:
     def run(self, plan: Sequence[Samples]) -> list[Result]:
         """Evaluate the samples of several settings, in their order; what is done already is not done again.
 
-        The first setting is what the others are compared with, from the same seeds. Metrics that a result has from
-        an earlier run stay in it.
+        Along each axis of the sweep a setting is compared with the one that has the first value there and is equal
+        otherwise, from the same seeds. Metrics that a result has from an earlier run stay in it.
 
         Returns:
             The results; none on processes other than the main one.
         """
         self.begin()
-        origin = plan[0].setting.label() if len(plan) > 1 else None
-        todo = [number for number, samples in enumerate(plan) if self._known(samples, origin) is None]
-        if todo and len(plan) > 1:
-            todo = sorted({0, *todo})  # the others are compared with it
         results: list[Result] = []
-        first: tuple[Result, FeatureSet] | None = None
         for number, samples in enumerate(plan):
-            result = self._known(samples, origin)
-            if number in todo:
-                label = samples.setting.label()
-                parts = self.parts(samples)
-                gathered = self.gather(parts, samples.make, f"setting {number + 1} of {len(plan)} ({label})")
+            result = self._known(samples)
+            if result is None:
+                label, name = samples.setting.label(), slug(samples.setting)
+                gathered = self.gather(
+                    self.parts(samples), samples.make, f"setting {number + 1} of {len(plan)} ({label})"
+                )
                 if gathered is None:
                     continue
-                if result is None:
-                    pictures = gathered.extras.get(PICTURES)
-                    result = self.result(label, slug(samples.setting), gathered, pictures, samples.facts())
-                    if first is not None:
-                        result.against = self._against(first, gathered.features)
-                    self.save(result, slug(samples.setting))
-                first = first or (result, gathered.features)
-            if result is not None and self.rank == 0:
+                result = self.result(label, name, gathered, gathered.extras.get(PICTURES), samples.facts())
+                self.save(result, name)
+            if self.rank == 0:
                 results.append(result)
                 write_tables(self.out, self.all_results())
+        if self.rank == 0 and self._compare(plan, results):
+            write_tables(self.out, self.all_results())
         return results
+
+    def _compare(self, plan: Sequence[Samples], results: Sequence[Result]) -> bool:
+        """Add the differences along each axis that are not there yet; whether any was added."""
+        reference = None if self.reference is None else self.reference.features
+        if reference is None:
+            return False
+        settings = [samples.setting for samples in plan]
+        varied = [axis for axis in SamplingSetting.model_fields if len({getattr(each, axis) for each in settings}) > 1]
+        changed = False
+        for samples, result in zip(plan, results, strict=True):
+            wanted = partners(samples.setting, settings)
+            found = {axis: old for axis, old in (result.against or {}).items() if axis in wanted or axis not in varied}
+            for axis, partner in wanted.items():
+                other = settings.index(partner)
+                to = SamplingSetting.shown(axis, getattr(partner, axis))
+                both_have = "fid" in result.metrics and "fid" in results[other].metrics
+                if not both_have or found.get(axis, {}).get("label") == partner.label():
+                    continue
+                here, there = self.parts(samples), self.parts(plan[other])
+                if not (here.is_whole() and there.is_whole()):
+                    continue  # their features have been removed
+                estimate = paired_difference(
+                    here.load().features, there.load().features, reference, "fid", self.settings
+                )
+                found[axis] = {
+                    "to": to, "label": partner.label(), "metric": "fid", "difference": estimate.value,
+                    "low": estimate.low, "high": estimate.high, "error": estimate.error,
+                }  # fmt: skip
+            if found != (result.against or {}):
+                result.against, changed = found or None, True
+                result.save(self.out / f"{slug(samples.setting)}.json")
+        return changed
 
     def gather(self, parts: FeatureParts, make: MakePictures, what: str) -> Gathered | None:
         """The features of one set; None on processes other than the main one."""
@@ -193,6 +217,7 @@ class Evaluation:
             earlier, manifest = Result.load(path), result.manifest
             if _same_pictures(earlier, result):
                 result.metrics = {**earlier.metrics, **result.metrics}
+                result.against = earlier.against
                 result.warnings = list(dict.fromkeys([*earlier.warnings, *result.warnings]))
                 if self.judging is None:
                     result.judge, result.memorisation = earlier.judge, earlier.memorisation
@@ -208,21 +233,13 @@ class Evaluation:
         paths = sorted(path for path in self.out.glob("*.json") if path.name != SHARED)
         return [Result.load(path) for path in paths]
 
-    def _known(self, samples: Samples, origin: str | None) -> Result | None:
-        """The result of these samples that is there, if it has all that is asked for.
-
-        Args:
-            samples: the setting.
-            origin: label of the setting that it is to be compared with; None without one.
-        """
+    def _known(self, samples: Samples) -> Result | None:
+        """The result of these samples that is there, if it has all that is asked for."""
         path = self.out / f"{slug(samples.setting)}.json"
         if not path.is_file():
             return None
         result = Result.load(path)
-        compared = None if origin in (None, result.label) else origin
         whole = set(self.metrics or ()) <= set(result.metrics)
-        if origin is not None:
-            whole = whole and (result.against or {}).get("label") == compared
         judged = self.judging is None or result.manifest.get("judged_by") == self.judging.identity
         same = result.manifest["sampling"] == samples.facts() and judged
         return result if whole and same else None
@@ -237,18 +254,15 @@ class Evaluation:
         folder = self.out / "features" / digest_of(key)[:16]
         return FeatureParts(folder, int(self.samples["count"]), samples.batch, self.labels)
 
-    def _against(self, first: tuple[Result, FeatureSet], features: FeatureSet) -> dict[str, Any]:
-        known = None if self.reference is None else self.reference.features
-        found = None
-        if known is not None and "fid" in first[0].metrics:
-            found = paired_difference(features, first[1], known, "fid", self.settings)
-        return {
-            "label": first[0].label,
-            "metric": None if found is None else "fid",
-            "difference": None if found is None else found.value,
-            "low": None if found is None else found.low,
-            "high": None if found is None else found.high,
-        }
+
+def partners(setting: SamplingSetting, plan: Sequence[SamplingSetting]) -> dict[str, SamplingSetting]:
+    """With which settings of a sweep one is compared: by axis, the one with that axis's first value, else equal."""
+    out = {}
+    for axis in SamplingSetting.model_fields:
+        partner = setting.model_copy(update={axis: getattr(plan[0], axis)})
+        if partner != setting and partner in plan:
+            out[axis] = partner
+    return out
 
 
 def _same_pictures(one: Result, other: Result) -> bool:

@@ -1,9 +1,10 @@
 import numpy as np
 
 from ..feature_set import FeatureSet
+from ..wilson import wilson_interval
 from .base import Measurement, Metric, MetricSettings
 from .neighbours import count_in_balls, squared_radii
-from .resampling import Replicates, bootstrap_means, wilson_interval
+from .resampling import Replicates, bootstrap_means
 
 
 def _share(inside: np.ndarray, samples: int, settings: MetricSettings) -> Measurement:
@@ -11,7 +12,7 @@ def _share(inside: np.ndarray, samples: int, settings: MetricSettings) -> Measur
     values = inside.astype(np.float64)
     share = float(values.mean())
     replicates = Replicates(bootstrap_means(values, settings.seed, settings.replicates))
-    interval = wilson_interval(share, len(values), settings.level)
+    interval = wilson_interval(int(inside.sum()), len(values), settings.level)
     return Measurement(share, samples, replicates, interval=interval)
 
 

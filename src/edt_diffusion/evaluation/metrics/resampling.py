@@ -85,11 +85,3 @@ def bootstrap_means(values: Float64, seed: int, replicates: int) -> Float64:
     """Mean of the rows of `values`, (N,) or (N, K), over each resample: (R,) or (R, K)."""
     counts = (bootstrap_counts(seed, replicate, len(values)) for replicate in range(replicates))
     return np.stack([np.asarray(count @ values) / len(values) for count in counts])
-
-
-def wilson_interval(share: float, count: int, level: float) -> tuple[float, float]:
-    """Interval of a share of `count` independent cases (Wilson 1927); it has a width at 0 and 1 too."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
