@@ -47,6 +47,21 @@ def test_what_was_done_before_says_nothing_about_the_speed(clock: Clock, capsys:
     assert capsys.readouterr().err == "encoding 910/1000 images  0.5 images/s  3.0 min left\n"
 
 
+def test_another_stage_has_a_speed_of_its_own(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    told = CountProgress("judging", "pictures")
+    for done in (0, 50, 100):
+        told(done, 100)
+        clock.now += 10
+    for done in (10, 40):
+        told(done, 40)
+        clock.now += 10
+    assert told.rate == pytest.approx(3.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "judging 100/100 pictures  5.0 pictures/s  0.0 min left",
+        "judging 40/40 pictures  3.0 pictures/s  0.0 min left",
+    ]
+
+
 def test_no_total(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     told = CountProgress("encoding", "images")
     told(0, None)

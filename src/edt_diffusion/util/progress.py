@@ -20,6 +20,7 @@ class CountProgress:
     def __init__(self, doing: str, unit: str, quiet: bool = False, every_seconds: float = 10.0) -> None:
         self._doing, self._unit, self._quiet, self._every = doing, unit, quiet, every_seconds
         self._first: int | None = None
+        self._done = 0
         self.rate = 0.0  # counts per second, since the first call
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
@@ -40,8 +41,9 @@ class CountProgress:
     def __call__(self, done: int, total: int | None, note: str = "") -> None:
         """Tell that `done` of `total` (None: unknown) are done; `note` is added to the line."""
         now = time.monotonic()
-        if self._first is None:  # what was there before says nothing about the speed
-            self._first, self._start, self._last = done, now, now
+        if self._first is None or done < self._done:  # what was there before says nothing about the speed
+            self._first, self._start, self._last = done, now, now  # also where another stage begins
+        self._done = done
         rate = self.rate = (done - self._first) / max(now - self._start, 1e-9)
         if self._quiet:
             return
