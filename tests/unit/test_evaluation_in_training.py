@@ -21,11 +21,9 @@ from edt_diffusion.assemble.evaluating import Request, RunPictures, evaluate, ev
 from edt_diffusion.data import open_images
 from edt_diffusion.evaluation.extractors import open_extractor
 from edt_diffusion.evaluation.feature_set import FeatureSet
-from edt_diffusion.evaluation.generate import Samples
 from edt_diffusion.evaluation.in_training import MetricsDuringTraining
 from edt_diffusion.evaluation.metrics import METRICS
 from edt_diffusion.evaluation.reference import Known
-from edt_diffusion.evaluation.settings import SamplingSetting
 from edt_diffusion.evaluation.statistics import GaussianStatistics
 from edt_diffusion.training.trainer import Trainer
 from edt_diffusion.util.errors import UserError
@@ -166,8 +164,11 @@ def test_samples_are_those_of_their_seeds_and_labels(tmp_path, pictures, source)
     labels = [number % 2 for number in range(25)]
     assert call.samples.labels is not None
     assert call.samples.labels.tolist() == labels
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     with trainer.saving.evaluating():
         values = call(2)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()
     pipeline = ClassConditionalPipeline.from_pretrained(source)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
@@ -275,14 +276,12 @@ def test_what_cannot_be_measured_is_told_before_the_training(generated, real):
 def test_weights_with_evaluations_are_those_without(tmp_path, pictures):
     """Masks, noise, dropout of labels, averages and the history of the timestep sampler included."""
     assert run_in(tmp_path / "off", pictures, evaluation=None).fit()
-    state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
     assert run_in(tmp_path / "on", pictures).fit()
     (off, _), (on, _) = final_state(tmp_path / "off", 6), final_state(tmp_path / "on", 6)
     assert off.keys() == on.keys()
     assert [name for name in off if not torch.equal(off[name], on[name])] == []
     assert sorted(logged(tmp_path / "on")) == [2, 4, 6]
     assert logged(tmp_path / "off") == {}
-    assert state[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
     shown = [{k: v for k, v in line.items() if "loss" in k} for line in read_log(tmp_path / "on")]
     assert shown == [{k: v for k, v in line.items() if "loss" in k} for line in read_log(tmp_path / "off")]
 
@@ -397,15 +396,15 @@ def test_pictures_that_are_encoded_for_the_training_are_the_reference(tmp_path, 
     run = RunPictures.of(str(tmp_path / "run"))
     assert run is not None
     assert run.held_out is not None
-    assert (len(run.training), len(run.held_out), known.features.count) == (10, 2, 10)
-    pixels = run.training.images(np.arange(10))
-    assert pixels.shape == (10, 16, 16, 3)
+    assert (len(run.training), len(run.held_out), known.features.count) == (8, 4, 8)
+    pixels = run.training.images(np.arange(8))
+    assert pixels.shape == (8, 16, 16, 3)
     assert known.features.statistics.mean.mean() == pytest.approx(pixels.mean() / 255, rel=1e-5)
     # The held-out pictures are those whose latents are.
     held = next(each.call.dataset for each in trainer.callbacks if type(each.call).__name__ == "ValidationLoss")
     whole = open_images(colours, size=16)
     places = [int(row) for row in held._rows]
-    assert (run.held_out.images([0, 1]) == whole.images(places)).all()
+    assert (run.held_out.images(np.arange(4)) == whole.images(places)).all()
 
 
 def test_pictures_of_a_run_that_was_validated_on_others(tmp_path, colours):
@@ -430,12 +429,3 @@ def test_without_it_nothing_is_opened(pictures, monkeypatch):
     monkeypatch.setattr("edt_diffusion.assemble.evaluating.open_extractor", lambda *_: pytest.fail("opened"))
     config = settings(data={"path": str(pictures)})
     assert evaluation_callback(config, None, None, None, Path(), True) == []  # pyright: ignore[reportArgumentType]
-
-
-def test_batches_are_numbered_and_full_whatever_the_last_one_holds(source):
-    """A sample is the same at every number of samples."""
-    pipeline = ClassConditionalPipeline.from_pretrained(source)
-    pipeline.set_progress_bar_config(disable=True)
-    labels = np.array([0, 1, 1, 0, 1, 0, 0])
-    few, more = (Samples(pipeline, SamplingSetting(steps=2), labels, count, 3, 4) for count in (5, 7))
-    assert (few.make(4, 5)[0] == more.make(4, 7)[0][:1]).all()
