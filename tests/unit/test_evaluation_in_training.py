@@ -17,7 +17,9 @@ from tiny_models import randomise
 
 from edt_diffusion import ClassConditionalPipeline
 from edt_diffusion.assemble import build_trainer
-from edt_diffusion.assemble.evaluating import Request, RunPictures, evaluate, evaluation_callback
+from edt_diffusion.assemble.evaluating import Request, evaluate
+from edt_diffusion.assemble.evaluation_callback import evaluation_callback
+from edt_diffusion.assemble.run_pictures import RunPictures
 from edt_diffusion.data import open_images
 from edt_diffusion.evaluation.extractors import open_extractor
 from edt_diffusion.evaluation.feature_set import FeatureSet

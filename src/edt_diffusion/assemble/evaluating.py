@@ -1,7 +1,5 @@
 """An evaluation, from what a user names to results. Read it from top to bottom to see what is opened when."""
 
-import hashlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,20 +8,13 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from ..config import RunConfig, load_config
-from ..data import ImageDataset, LatentStore, open_dataset
 from ..data.encoding_job import default_device, processes
-from ..data.first_use import fingerprint
-from ..data.shard_files import is_store
-from ..data.sources import find_source
 from ..evaluation.adm_npz import SampleNpzWriter, write_statistics_npz
 from ..evaluation.digests import digest_of
 from ..evaluation.extractors import Extractor, open_extractor
 from ..evaluation.generate import Samples
-from ..evaluation.in_training import MetricsDuringTraining
-from ..evaluation.inputs import Input, dataset_input, open_input
+from ..evaluation.inputs import Input, open_input
 from ..evaluation.judging import JudgeSettings, Judging
 from ..evaluation.labels import LabelPolicy, choose_labels
 from ..evaluation.measure import choose_metrics, possible_metrics
@@ -33,14 +24,12 @@ from ..evaluation.pixels import as_source
 from ..evaluation.reference import Known, features_of
 from ..evaluation.report import write_tables
 from ..evaluation.result import AS_FOUND, SHARED, Result
-from ..evaluation.settings import parse_setting, parse_sweep
+from ..evaluation.settings import parse_sweep
 from ..evaluation.sweep import Evaluation
-from ..pipelines import ClassConditionalPipeline
 from ..pipelines.loading import load_pipeline
-from ..training.trainer import Callback
 from ..util.errors import UserError
-from ..util.weights import weights_sha256
-from .during import split_for_validation
+from .facts import model_facts, picture_shape, sample_facts
+from .run_pictures import RunPictures, reference_input
 
 # What is sampled when nobody says otherwise: enough for small extractors; published figures take 50,000.
 SAMPLES = 5000
@@ -148,7 +137,7 @@ def _evaluate_model(request: Request, settings: list[Any]) -> Outcome:
     needed = request.reference is None or (request.judge is not None and request.training is None)
     run = RunPictures.of(request.what) if needed else None
     shape = picture_shape(pipeline)
-    reference = _side(request.reference, run, shape, "reference")
+    reference = reference_input(request.reference, run, shape)
     count = request.samples or SAMPLES
     names, classes = pipeline.class_names, pipeline.transformer.config.num_classes
     pictures = None if reference is None else reference.pictures
@@ -188,7 +177,7 @@ def _evaluate_pictures(request: Request) -> Outcome:
         raise UserError(f"{request.what} holds statistics only: give them as --reference, and pictures to evaluate")
     extractor = open_extractor(request.extractor, device)
     shape = side.pictures.shape
-    reference = _side(request.reference, None, shape, "reference")
+    reference = reference_input(request.reference, None, shape)
     known = _known(reference, extractor, request.quiet, rank, world_size)
     measured = known is not None or request.save_statistics is None or request.metrics is not None
     names = choose_metrics(request.metrics)
@@ -235,16 +224,6 @@ def _known(side: Input | None, extractor: Extractor, quiet: bool, rank: int, wor
     return None if side is None else features_of(side, extractor, quiet=quiet, rank=rank, world_size=world_size)
 
 
-def _side(path: str | None, run: "RunPictures | None", shape: tuple[int, int, int], what: str) -> Input | None:
-    """The real pictures that are named, brought to the size of the samples; or those of the run."""
-    if path is not None:
-        channels = 1 if shape[2] == 1 else 3
-        return open_input(path, size=shape[:2], channels=channels)
-    if run is not None and (*run.training.size, run.training.channels) == shape:
-        return dataset_input(run.training, run.path, run.preparation, run.key)
-    return None
-
-
 def _judging(
     request: Request,
     run: "RunPictures | None",
@@ -268,164 +247,6 @@ def _judging(
     else:
         raise UserError("--judge needs the pictures that the model was trained on: name them by --training")
     return Judging(request.judge, training, held_out, mirrored, class_names, extractor, request.quiet, labelled)
-
-
-@dataclass(frozen=True)
-class RunPictures:
-    """The pictures that a run was trained on.
-
-    Attributes:
-        training: those that it learns from.
-        held_out: those that it is validated on, or None.
-        mirrored: whether it sees them mirrored too.
-        path, preparation, key: for `evaluation.inputs.dataset_input`.
-    """
-
-    training: ImageDataset
-    held_out: ImageDataset | None
-    mirrored: bool
-    path: str
-    preparation: str
-    key: list[Any]
-
-    @classmethod
-    def of(cls, what: str) -> "RunPictures | None":
-        """Those of a run folder; None for other models, and for runs from a store, which holds no pictures.
-
-        Raises:
-            UserError: they have been moved away.
-        """
-        settings = Path(what) / "config.yaml"
-        if not settings.is_file():
-            return None
-        config: RunConfig = load_config(settings)
-        try:
-            return cls.behind(config)
-        except UserError as error:
-            raise UserError(
-                f"the pictures that {what} was trained on ({config.data.path}) cannot be had ({error}): "
-                "name them by --reference, and for a judge by --training"
-            ) from None
-
-    @classmethod
-    def behind(cls, config: RunConfig) -> "RunPictures | None":
-        """Those of a configuration, also where it trains on their latents; None if it names a store or a stream."""
-        data = config.data
-        if data.path is None or is_store(data.path) or data.streaming or data.size is None:
-            return None
-        crop = "center" if data.crop == "random" else data.crop
-        pixels = data.model_copy(
-            update={
-                "codec": None, "crop": crop, "cache": "auto", "latent_scaling": "codec", "verify": "auto",
-                "codec_batch": None,
-            }
-        )  # fmt: skip
-        dataset = open_dataset(pixels, config.seed)
-        assert isinstance(dataset, ImageDataset)
-        training, held_out = split_for_validation(config.model_copy(update={"data": pixels}), dataset)
-        assert isinstance(training, ImageDataset)
-        assert held_out is None or isinstance(held_out, ImageDataset)
-        preparation, key = _origin(config, training)
-        return cls(training, held_out, data.flip, data.path, preparation, key)
-
-
-def _origin(config: RunConfig, dataset: ImageDataset) -> tuple[str, list[Any]]:
-    """`preparation` and `key` of a part of a run's pictures; see `evaluation.inputs.Input`."""
-    data = config.data
-    assert data.path is not None
-    found = find_source(data.path, image_column=data.image_column, label_column=data.label_column, split=data.split)
-    crop = "center" if data.crop == "random" else data.crop
-    preparation = f"{crop} to {dataset.size[0]}x{dataset.size[1]}"
-    # Which pictures they are, too: the settings do not tell of every part that is held out.
-    rows = hashlib.sha256(dataset._rows.astype(np.int64).tobytes()).hexdigest()
-    place = os.path.realpath(data.path)
-    return preparation, [place, fingerprint(data.path, found), preparation, data.limit, rows, data.image_column]
-
-
-def evaluation_callback(
-    config: RunConfig,
-    trained_on: ImageDataset | LatentStore,
-    pipeline: ClassConditionalPipeline,
-    accelerator: Accelerator,
-    folder: Path,
-    quiet: bool,
-) -> list[Callback]:
-    """The callback that measures samples while a run trains, if it is asked for.
-
-    Raises:
-        UserError: extractor, reference, labels or sampling cannot be had: told before the first step.
-    """
-    wanted = config.evaluation
-    if not wanted.every:
-        return []
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    extractor = open_extractor(wanted.extractor, accelerator.device)
-    shape = picture_shape(pipeline)
-    if wanted.reference is not None:
-        side = _side(wanted.reference, None, shape, "reference")
-        assert side is not None
-    elif isinstance(trained_on, ImageDataset) and config.data.path is not None:
-        side = dataset_input(trained_on, config.data.path, *_origin(config, trained_on))
-    elif (run := RunPictures.behind(config)) is not None:
-        side = dataset_input(run.training, run.path, run.preparation, run.key)
-    else:
-        raise UserError("evaluation.reference is not set: a latent store holds no pictures to compare with, name some")
-    pictures = side.pictures
-    labels, policy = choose_labels(
-        wanted.labels, wanted.samples, pipeline.class_names, pipeline.transformer.config.num_classes, wanted.seed,
-        None if pictures is None else pictures.labels, None if pictures is None else pictures.class_names,
-    )  # fmt: skip
-    setting = parse_setting(
-        {
-            "guidance": wanted.guidance, "scheduler": wanted.scheduler, "steps": wanted.num_inference_steps,
-            "amm": wanted.amm,
-        }
-    )  # fmt: skip
-    batch = min(wanted.batch_size or (64 if pipeline.vae is None else 16), wanted.samples)
-    samples = Samples(pipeline, setting, labels, wanted.samples, wanted.seed, batch)
-    facts = sample_facts(wanted.samples, policy, wanted.seed, batch, shape)
-    reference = features_of(side, extractor, quiet=quiet, rank=rank, world_size=world_size)
-    call = MetricsDuringTraining(
-        samples, extractor, reference, facts, accelerator, folder / "evaluation", wanted.metrics
-    )
-    call.check()
-    return [Callback(wanted.every, call, everywhere=True)]
-
-
-def sample_facts(count: int, policy: str, seed: int, batch: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What a manifest says of samples."""
-    return {
-        "kind": "generated", "count": count, "labels": policy, "seed": seed, "batch": batch, "size": [*shape[:2]],
-        "channels": shape[2], "preparation": "none",
-    }  # fmt: skip
-
-
-def model_facts(pipeline: ClassConditionalPipeline, source: str) -> dict[str, Any]:
-    """What a manifest says of a model."""
-    return {
-        "from": source,
-        "kind": type(pipeline.transformer).__name__,
-        "transformer_sha256": weights_sha256(pipeline.transformer),
-        "vae_sha256": None if pipeline.vae is None else weights_sha256(pipeline.vae),
-        "classes": pipeline.transformer.config.num_classes,
-        "settings_sha256": digest_of([_settings(part) for part in (pipeline, *pipeline.components.values())]),
-    }
-
-
-def _settings(part: Any) -> dict[str, str]:
-    """What a part's configuration says, without names of files and versions."""
-    own = {} if part is None else part.config
-    return {name: repr(value) for name, value in own.items() if not name.startswith("_")}
-
-
-def picture_shape(pipeline: ClassConditionalPipeline) -> tuple[int, int, int]:
-    """(H, W, C) of a pipeline's pictures."""
-    config = pipeline.transformer.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    codec = pipeline._codec(config.in_channels)
-    channels = 3 if pipeline.vae is not None else config.in_channels
-    return height * codec.downsample_factor, width * codec.downsample_factor, channels
 
 
 def _save(

@@ -31,7 +31,8 @@ from ..training.trainer import Callback, Trainer
 from ..util.errors import UserError
 from ..util.files import atomic_write_text, make_folder
 from ..util.hardware import measured_matmul_peak
-from . import budget, during, evaluating, finetuning
+from . import budget, during, finetuning
+from .evaluation_callback import evaluation_callback
 from .model import (
     build_model,
     build_pipeline,
@@ -144,7 +145,7 @@ def build_trainer(
             build_pipeline(plain, class_names, vae, scaling, **sampled).save_pretrained(target)
         finetuning.save_adapters(trained, target)
 
-    evaluations = evaluating.evaluation_callback(config, trained_on, pipeline, accelerator, folder, quiet)
+    evaluations = evaluation_callback(config, trained_on, pipeline, accelerator, folder, quiet)
     grids = during.SampleGrids(pipeline, config.samples, folder / "samples", write=accelerator.is_main_process)
     flops = training_flops(
         sum(model.multiply_adds().values()), config.train.batch_size, len(config.objective.passes.split("+"))
