@@ -15,7 +15,8 @@ pictures, so that a paired comparison would tell apart more.
   and its floor hold the same number of pictures, which is less than there are and so has another floor. KID's floor
   is negative there: even shares are less left to chance than the independent draws that its estimate corrects for
 - memorised           some pictures repeated until they are as many as before. Intervals of what is a mean over
-  generated pictures are widened by the root of the number of copies, since copies add nothing
+  generated pictures are widened by the root of the number of copies, since copies add nothing; those of recall and
+  coverage are as wide as those of the distinct pictures alone
 """
 
 import argparse
@@ -37,7 +38,7 @@ from PIL import Image
 from edt_diffusion.data import open_images
 from edt_diffusion.evaluation.extractors import Extractor, open_extractor
 from edt_diffusion.evaluation.feature_set import FeatureSet
-from edt_diffusion.evaluation.metrics import METRICS
+from edt_diffusion.evaluation.metrics import METRICS, MetricSettings
 from edt_diffusion.evaluation.pixels import colour_tensor
 from edt_diffusion.evaluation.statistics import GaussianStatistics
 from edt_diffusion.util.errors import UserError
@@ -216,12 +217,34 @@ def measure(features: FeatureSet, reference: FeatureSet, copies: float = 1.0) ->
     for name in NAMES:
         if METRICS[name].missing(features, reference) is None:
             found = asdict(METRICS[name](features, reference))
-            # The intervals of recall and coverage speak of the reference, which has no copies.
-            if copies > 1 and name not in ("recall", "coverage"):
+            if copies > 1 and name in ("recall", "coverage"):
+                found |= _interval_without_copies(name, features, reference, found["value"], copies)
+            elif copies > 1:
                 for end in ("low", "high"):
                     found[end] = found["value"] + (found[end] - found["value"]) * math.sqrt(copies)
             out[name] = found
     return out
+
+
+def _interval_without_copies(
+    name: str, features: FeatureSet, reference: FeatureSet, value: float, copies: float
+) -> dict[str, float]:
+    """Interval of recall or coverage of copied pictures, from the distinct ones, which alone are left to chance.
+
+    Coverage is that of the distinct pictures. Recall is that with the neighbour that the k-th one is without copies;
+    with more copies than neighbours the balls are points, and the metric's own interval stays.
+    """
+    assert features.pooled is not None
+    first = np.unique(features.pooled, axis=0, return_index=True)[1]
+    distinct = feature_set(features.pooled[np.sort(first)])
+    copied = MetricSettings()
+    neighbours = math.ceil((copied.neighbours - copies + 1) / copies)
+    if name == "recall" and neighbours < 1:
+        return {}
+    found = METRICS[name](distinct, reference, copied.model_copy(update={"neighbours": max(neighbours, 1)}))
+    if found.low is None or found.high is None:
+        return {}
+    return {"low": max(value + found.low - found.value, 0.0), "high": min(value + found.high - found.value, 1.0)}
 
 
 def run(pictures: np.ndarray, labels: np.ndarray | None, reference: FeatureSet, extractor: Extractor, cache=None):

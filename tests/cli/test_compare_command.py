@@ -76,13 +76,62 @@ def test_results_that_say_nothing_of_each_other_are_refused(edt, work, change, v
     assert facts["reasons"] == [{"one": "a.json", "other": "b.json", "reasons": [said]}]
 
 
+def judged(path: str, classifier: str, training: str) -> None:
+    tree = json.loads(write(Path(path), path, 10.0).read_text())
+    tree["judge"] = {"class_fidelity": 0.5, "interval": [0.25, 0.75]}
+    tree["memorisation"] = {"ratio": 0.75}
+    tree["manifest"]["judged_by"] = {
+        "classifier": {"sha256": classifier * 64},
+        "training": {"sha256": training * 64, "mirrored": False},
+        "space": "pixels", "baseline": "leave-one-out", "held_out": None,
+    }  # fmt: skip
+    Path(path).write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("others", "heads", "named"),
+    [
+        ((), ["class fidelity ↑", "novelty ↑"], []),
+        (("judge.json",), ["novelty ↑"], ["class fidelity"]),
+        (("copies.json",), ["class fidelity ↑"], ["novelty"]),
+        (("judge.json", "copies.json"), [], ["class fidelity", "novelty"]),
+    ],
+)
+def test_judges_that_differ_leave_the_metrics_comparable(edt, work, others, heads, named):
+    judged("a.json", "a", "b")
+    judged("b.json", "a", "b")
+    judged("judge.json", "d", "b")
+    judged("copies.json", "a", "d")
+    write(Path("none.json"), "n", 9.0)  # without a judge it is in nobody's way
+    said = edt("compare", "a.json", "b.json", "none.json", *others)
+    assert (said.code, said.err) == (0, [])
+    assert said.out[0].split("  ")[0] == "setting"
+    assert [cell for cell in ("class fidelity ↑", "novelty ↑") if cell in said.out[0]] == heads
+    notes = [line for line in said.out if line.startswith("note: ")]
+    assert [note.split(":")[1].strip() for note in notes] == [f"no column of {name}" for name in named]
+    if others == ("judge.json",):
+        assert notes == [
+            "note: no column of class fidelity: a.json and judge.json were judged otherwise (classifier: "
+            "aaaaaaaaaaaa... and dddddddddddd...)"
+        ]
+    assert all(f"{name}  " in "\n".join(said.out) for name in ("a.json", "none.json", *others))
+
+
+def test_pictures_as_found_between_two_policies(edt, work):
+    for name in ("as found", "balanced", "random"):
+        write(Path(f"{name[:2]}.json"), name, 10.0, samples__labels=name)
+    said = edt("compare", "as.json", "ba.json", "ra.json")
+    assert said.code == 1
+    assert "not comparable: ba.json and ra.json (label policy: balanced and random)" in said.out
+
+
 def test_folders_and_patterns(edt, work):
     folder = Path("run/evaluation/0123")
     folder.mkdir(parents=True)
     write(folder / "a.json", "a", 10.0)
     write(folder / "b.json", "b", 8.0)
     (folder / "evaluation.json").write_text("{}")
-    for arguments in ((folder,), ("run",), sorted(folder.glob("*.json"))):
+    for arguments in ((folder,), ("run",), ("run/evaluation",), sorted(folder.glob("*.json"))):
         said = edt("compare", *arguments)
         assert (said.code, said.out[-1]) == (0, "compared 2 results"), said
 

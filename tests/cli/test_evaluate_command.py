@@ -18,6 +18,9 @@ from PIL import Image
 
 from edt_diffusion import ClassConditionalPipeline, EDTTransformer2DModel
 from edt_diffusion.evaluation.adm_npz import read_npz
+from edt_diffusion.evaluation.extractors.pixels import PixelExtractor
+from edt_diffusion.evaluation.inputs import open_input
+from edt_diffusion.evaluation.reference import features_of
 from edt_diffusion.pipelines.schedulers import make_scheduler
 from edt_diffusion.util.rng import image_seed
 
@@ -180,6 +183,7 @@ def test_the_result_of_a_model_is_that_of_its_pictures(edt, model, pictures, wor
         edt("evaluate", "made.npz", "--extractor", "pixels", "--metrics", "fid", "--reference", pictures, "--json")
     )
     assert fid(again) == pytest.approx(fid(facts), rel=1e-6)
+    assert edt("compare", "a", *again["out"]).code == 0  # three equal channels in the file, one in the model
     # As statistics of real pictures, the other way round.
     for reference in ("made.npz", "made-stats.npz"):
         turned = edt(
@@ -193,6 +197,8 @@ def test_statistics_stand_for_the_pictures_they_are_of(edt, pictures, model, wor
     assert (said.code, said.out) == (0, ["wrote ref.npz"])
     assert sorted(path.name for path in work.iterdir()) == ["ref.npz"]
     with np.load("ref.npz") as file:
+        assert (file["edt_extractor"].item(), file["edt_count"].item()) == ("pixels", 8)
+        assert file["edt_pictures_sha256"].item() == features_of(open_input(pictures), PixelExtractor()).sha256
         values = pixels_of(pictures).reshape(8, 8, 8).repeat(2, 1).repeat(2, 2).reshape(8, -1) / 255
         np.testing.assert_allclose(file["mu"], np.tile(values.mean(axis=0), 3), rtol=1e-6)
         np.testing.assert_allclose(file["sigma"], np.cov(np.tile(values, (1, 3)).T), rtol=1e-5, atol=1e-7)  # float32
@@ -440,7 +446,8 @@ def test_a_judge_of_digits(edt, model, digits, work):
     assert np.sum(judge["confusion"], axis=1).tolist() == np.bincount(labels_like(digits, 12), minlength=10).tolist()
     assert (copies["generated"], copies["training"], copies["exact_copies"]) == (12, 50, 0)
     assert len(copies["pairs"]) == 10
-    assert result["manifest"]["judged_by"]["training"] == {"pictures": 50, "mirrored": False}
+    training = result["manifest"]["judged_by"]["training"]
+    assert (training["pictures"], training["mirrored"], len(training["sha256"])) == (50, False, 64)
     for name in ("confusion", "closest"):
         Image.open(f"out/guidance-1_amm-saved_steps-2-{name}.png").verify()
     assert "class fidelity" in Path("out/table.md").read_text()
@@ -449,7 +456,6 @@ def test_a_judge_of_digits(edt, model, digits, work):
 
 
 def labels_like(reference: Path, count: int) -> np.ndarray:
-    from edt_diffusion.evaluation.inputs import open_input
     from edt_diffusion.evaluation.labels import choose_labels
 
     side = open_input(reference, channels=1).pictures
@@ -462,6 +468,49 @@ def test_copies_of_training_pictures_are_found(edt, pictures, work):
     (result,) = facts_of(said)["results"]
     assert result["memorisation"]["exact_copies"] == 8
     assert result["memorisation"]["ratio"] == 0
+
+
+def test_other_training_pictures_are_looked_through_anew(edt, unconditional, digits, work):
+    """As many pictures, of which other ones are held against the same samples."""
+    for name, rows in (("one", range(3)), ("two", range(2, 5))):
+        for row in rows:
+            for label in range(10):
+                (work / name / str(label)).mkdir(parents=True, exist_ok=True)
+                shutil.copy(digits / str(label) / f"{row}.png", work / name / str(label))
+    command = ("evaluate", unconditional, "--reference", digits, *QUICK, "--metrics", "fid", "--out", "out", "--json")
+    found = [
+        facts_of(edt(*command, "--judge", "--training", name))["results"][0]["memorisation"]
+        for name in ("one", "two", "one")
+    ]
+    assert found[0]["training"] == found[1]["training"] == 30
+    assert found[0] == found[2] != found[1]
+
+
+def test_training_pictures_stand_for_a_reference(edt, pictures, work):
+    command = ("evaluate", pictures, "--extractor", "pixels", "--metrics", "fid", "--judge", "--judge-by", "conv")
+    (result,) = facts_of(edt(*command, "--training", pictures, "--out", "out", "--json", "--quiet"))["results"]
+    assert result["metrics"]["fid"]["value"] < 1e-9
+    assert result["manifest"]["reference"]["count"] == result["memorisation"]["exact_copies"] == 8
+
+
+def test_pictures_are_measured_once(edt, pictures, work, monkeypatch):
+    command = ("evaluate", pictures, "--reference", pictures, "--extractor", "pixels", "--out", "out", "--json")
+    first = facts_of(edt(*command, "--metrics", "fid", "--quiet"))
+    (written,) = [path for path in Path("out").glob("*.json") if path.name != "evaluation.json"]
+    stamp = written.stat().st_mtime_ns
+    assert facts_of(edt(*command, "--metrics", "fid", "--quiet")) == first
+    assert written.stat().st_mtime_ns == stamp
+    more = facts_of(edt(*command, "--metrics", "fid,kid", "--quiet"))
+    assert list(more["results"][0]["metrics"]) == ["fid", "kid"]
+
+
+def test_what_is_kept_of_a_sweep(edt, model, digits, work, sampled):
+    command = ("evaluate", model, "--reference", digits, *QUICK, "--metrics", "fid", "--out", "out", "--json")
+    facts_of(edt(*command, "--keep", "none"))
+    assert not list(Path("out/features").iterdir())
+    facts_of(edt(*command, "--keep", "none"))
+    assert len(sampled) == 3  # the result is there
+    assert_mistake(edt(*command, "--keep", "all"), work, "--keep all", "none, features, pictures", left=("out",))
 
 
 def test_an_unconditional_model_has_no_class_fidelity(edt, unconditional, work):
@@ -575,6 +624,7 @@ def test_what_does_not_exist(edt, work, pictures):
 def test_mistakes_with_pictures(edt, work, pictures):
     for name in ("model", "other"):  # a class may be called that
         shutil.copytree(pictures / "church", work / "set" / name)
+    (work / "set" / "config.yaml").write_text("mine: true")  # makes no model of pictures
     quick = ("--extractor", "pixels", "--quiet", "--reference", pictures)
     for options, words in (
         (("--guidance", 2), ("is no model", "guidance")),

@@ -200,7 +200,7 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("evaluation.amm=offf",), ("offf", "7,10")),
     (("evaluation.amm=99",), ("99",)),
     (("evaluation.samples=1",), ("evaluation.samples=1", "greater than or equal to 2")),
-    (("evaluation.samples=2",), ("evaluation.samples=2 cannot be measured", "expected at least")),
+    (("evaluation.samples=2", "evaluation.metrics=[kid]"), ("evaluation.samples=2 cannot be measured", "at least")),
     (("evaluation.samples=3", "evaluation.metrics=[recall]"), ("evaluation.samples=3", "expected at least 4")),
     (("evaluation.batch_size=0",), ("evaluation.batch_size=0", "greater than or equal to 1")),
     (("evaluation.reference=nowhere",), ("'nowhere' does not exist",)),

@@ -6,6 +6,7 @@ import pytest
 
 from edt_diffusion.evaluation.adm_npz import (
     SampleNpzWriter,
+    StatisticsOrigin,
     read_npz,
     write_samples_npz,
     write_statistics_npz,
@@ -72,6 +73,49 @@ def test_statistics_are_what_numpy_reads(tmp_path: Path) -> None:
     found = read_npz(tmp_path / "t.npz")
     assert found.pictures is None
     assert found.spatial is None
+    assert found.origin is None
+
+
+ORIGIN = StatisticsOrigin("dinov2", "ab" * 32, "bicubic to 224", 50, "cd" * 32)
+
+
+def test_statistics_say_what_they_were_taken_with(tmp_path: Path) -> None:
+    statistics, spatial = GaussianStatistics.of(FEATURES), GaussianStatistics.of(FEATURES[:, :3] + 1)
+    write_statistics_npz(tmp_path / "s.npz", statistics, spatial, ORIGIN)
+    with np.load(tmp_path / "s.npz", allow_pickle=False) as file:
+        said = {name: file[name] for name in file.files if name.startswith("edt_")}
+        np.testing.assert_allclose(file["sigma"], np.cov(FEATURES.T), rtol=1e-12)
+    assert all(value.shape == () for value in said.values())
+    assert {name: value.item() for name, value in said.items()} == {
+        "edt_extractor": "dinov2", "edt_extractor_sha256": "ab" * 32, "edt_preprocessing": "bicubic to 224",
+        "edt_count": 50, "edt_pictures_sha256": "cd" * 32,
+    }  # fmt: skip
+    found = read_npz(tmp_path / "s.npz")
+    assert found.origin == ORIGIN
+    assert found.statistics is not None
+    assert found.spatial is not None
+    assert found.statistics.count == found.spatial.count == 50
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(FEATURES.T), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"edt_count": None}, "says edt_extractor and not edt_count; expected all of edt_extractor, .*or none"),
+        ({"edt_count": np.array(50.0)}, r"edt_count is float64 \(\); expected a whole number"),
+        ({"edt_count": np.array(1)}, "covariance of 1 pictures"),
+        ({"edt_extractor": np.array(3)}, r"edt_extractor is int64 \(\); expected text"),
+        ({"edt_extractor": np.array(["a", "b"])}, r"edt_extractor is <U1 \(2,\); expected text"),
+    ],
+)
+def test_an_origin_that_is_not_whole_is_refused(tmp_path: Path, change: dict, said: str) -> None:
+    write_statistics_npz(tmp_path / "s.npz", GaussianStatistics.of(FEATURES), None, ORIGIN)
+    with np.load(tmp_path / "s.npz") as file:
+        arrays = {**{name: file[name] for name in file.files}, **change}
+    np.savez(tmp_path / "t.npz", **{name: value for name, value in arrays.items() if value is not None})
+    with pytest.raises(UserError, match=said) as error:
+        read_npz(tmp_path / "t.npz")
+    assert "\n" not in str(error.value)
 
 
 def test_pictures_are_not_held(tmp_path: Path) -> None:

@@ -138,6 +138,22 @@ def test_top5_of_more_than_ten_classes():
     assert result.accuracy == 0.25
 
 
+def test_many_classes_are_told_by_their_largest_confusions():
+    """Of 40 classes each is taken k times for the next: the twenty largest are those of classes 39 to 20."""
+    labels = np.repeat(np.arange(40), np.arange(40))
+    recognised = (labels + 1) % 40
+    result = class_fidelity(np.eye(40)[recognised], labels, [f"c{k}" for k in range(40)])
+    tree = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert "confusion" not in tree
+    assert tree["largest_confusions"] == [
+        {"asked_for": f"c{k}", "recognised_as": f"c{(k + 1) % 40}", "count": k} for k in range(39, 19, -1)
+    ]
+    assert tree["per_class"]["c7"]["count"] == 7
+    right = class_fidelity(np.eye(40), np.arange(40), [f"c{k}" for k in range(40)])
+    assert right.largest_confusions() == []
+    assert not class_fidelity(np.eye(30), np.arange(30), [f"c{k}" for k in range(30)]).is_large
+
+
 def test_fidelity_refuses_what_does_not_fit():
     probabilities = np.full((2, 2), 0.5)
     with pytest.raises(UserError, match="2 pictures and 1 labels"):
@@ -483,8 +499,12 @@ def test_a_judge_is_trained_once(short, tmp_path, monkeypatch):
         call()
     assert len(trained) == 9
     assert len(list((tmp_path / "cache" / "judges").iterdir())) == 9
+    digests = pictures_digest(data), None
+    monkeypatch.setattr(classifier, "pictures_digest", lambda *_: pytest.fail("read again"))
+    classifier_for("conv", data, digests=digests)
+    assert len(trained) == 9
     monkeypatch.setattr(conv, "EPOCHS", 3)
-    classifier_for("conv", data)
+    classifier_for("conv", data, digests=digests)
     assert len(trained) == 10
 
 

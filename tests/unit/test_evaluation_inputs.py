@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 from edt_diffusion.data.manifest import FORMAT
-from edt_diffusion.evaluation.adm_npz import write_samples_npz, write_statistics_npz
+from edt_diffusion.evaluation.adm_npz import StatisticsOrigin, write_samples_npz, write_statistics_npz
+from edt_diffusion.evaluation.digests import picture_digests
 from edt_diffusion.evaluation.extractors.pixels import PixelExtractor
+from edt_diffusion.evaluation.feature_set import FeatureSet
 from edt_diffusion.evaluation.inputs import open_input
+from edt_diffusion.evaluation.metrics import METRICS
 from edt_diffusion.evaluation.reference import content_of, features_of
 from edt_diffusion.evaluation.statistics import GaussianStatistics
 from edt_diffusion.util.errors import UserError
@@ -218,18 +221,75 @@ def test_a_file_of_statistics_is_enough_for_a_reference(folder, tmp_path):
     known = features_of(open_input(path), PixelExtractor())
     assert known.pictures is None
     assert known.features.count is None
-    assert known.facts["count"] is None
+    assert (known.facts["count"], known.facts["statistics_count"]) == (None, None)
+    assert known.notes == (
+        f"{path} does not say which extractor its statistics are of: taken to be 'pixels'",
+    )  # fmt: skip
+    assert of_pictures.notes == ()
+    assert "statistics_count" not in of_pictures.facts
     np.testing.assert_allclose(known.features.statistics.covariance, of_pictures.features.statistics.covariance)
     write_statistics_npz(path, GaussianStatistics.of(np.random.default_rng(0).random((9, 5))))
     with pytest.raises(UserError, match=r"statistics of 5 features, and the extractor 'pixels' gives 768"):
         features_of(open_input(path), PixelExtractor())
 
 
-def test_statistics_beside_pictures_are_those_of_inception(tmp_path):
+def origin_of(made_by, count: int, **changes) -> StatisticsOrigin:
+    facts = {"extractor": made_by.name, "extractor_sha256": made_by.sha256} | changes
+    return StatisticsOrigin(preprocessing=made_by.preprocessing, count=count, pictures_sha256="c" * 64, **facts)
+
+
+def test_statistics_that_say_what_they_are_of(folder, tmp_path):
+    extractor, path = PixelExtractor(), tmp_path / "ref.npz"
+    statistics = features_of(open_input(folder), extractor).features.statistics
+    write_statistics_npz(path, statistics, None, origin_of(extractor, 10))
+    known = features_of(open_input(path), extractor)
+    assert known.features.count == 10
+    assert (known.facts["count"], known.facts["statistics_count"], known.notes) == (10, 10, ())
+    more = GaussianStatistics.of(np.random.default_rng(0).random((12, 768)))
+    few = METRICS["fid"](FeatureSet(more), known.features)
+    assert any("10 reference samples for 768 features" in note for note in few.notes)
+    # As many features of something else.
+    write_statistics_npz(
+        path, statistics, None, origin_of(extractor, 10, extractor="dinov2", extractor_sha256="b" * 64)
+    )
+    with pytest.raises(UserError) as error:
+        features_of(open_input(path), extractor)
+    for part in ("ref.npz", "'dinov2'", "b" * 12, "'pixels'", extractor.sha256[:12], "--extractor"):
+        assert part in str(error.value)
+    write_statistics_npz(path, statistics, None, StatisticsOrigin("pixels", extractor.sha256, "other", 10, "c" * 64))
+    with pytest.raises(UserError, match="preprocessing: other"):
+        features_of(open_input(path), extractor)
+
+
+def test_statistics_without_origin_are_inception_s_and_need_no_note(tmp_path):
     class Inception(Counting):
         def __init__(self) -> None:
             super().__init__()
             self.name = "inception"
+
+    path = npz(tmp_path / "a.npz", mu=np.zeros(768), sigma=np.eye(768))
+    assert features_of(open_input(path), Inception()).notes == ()
+
+
+def test_gray_pictures_are_those_of_three_equal_channels(folder, tmp_path):
+    gray, coloured = open_input(folder, channels=1), tmp_path / "coloured.npz"
+    images = gray.pictures.images(np.arange(10)).repeat(3, axis=-1)
+    write_samples_npz(coloured, images, gray.pictures.labels)
+    assert content_of(gray) == content_of(open_input(coloured)) != content_of(open_input(folder))
+    extractor = Counting()
+    of_gray = features_of(gray, extractor)
+    np.testing.assert_array_equal(of_gray.features.pooled, features_of(open_input(coloured), extractor).features.pooled)
+    assert extractor.seen == 10
+    assert picture_digests(images[..., :1], None) == picture_digests(images, None)
+    images[3, 0, 0, 1] ^= 1
+    assert picture_digests(images[..., :1], None) != picture_digests(images, None)
+
+
+def test_statistics_beside_pictures_are_those_of_inception(tmp_path):
+    class Inception(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.sha256 = "inception", "1" * 64
 
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     shas = []
@@ -239,8 +299,18 @@ def test_statistics_beside_pictures_are_those_of_inception(tmp_path):
         np.testing.assert_array_equal(known.features.statistics.mean, np.full(768, scale))
         assert known.features.pooled.shape == (6, 768)
         shas.append(known.facts["statistics"])
+        assert (known.facts["count"], known.facts["statistics_count"]) == (6, None)
+        assert known.features.count is None  # they may be of more pictures than these
         by_pixels = features_of(open_input(path), PixelExtractor())  # those of the file are of other features
         np.testing.assert_allclose(by_pixels.features.statistics.mean, by_pixels.features.pooled.mean(axis=0), 1e-6)
-        assert "statistics" not in by_pixels.facts
+        assert not {"statistics", "statistics_count"} & set(by_pixels.facts)
+        said = origin_of(PixelExtractor(), 50)
+        both = {f"edt_{name}": np.array(value) for name, value in vars(said).items()}
+        path = npz(tmp_path / "own.npz", arr_0=images, mu=np.full(768, scale), sigma=np.eye(768), **both)
+        own = features_of(open_input(path), PixelExtractor())  # of its features, as the file says
+        np.testing.assert_array_equal(own.features.statistics.mean, np.full(768, scale))
+        assert (own.facts["count"], own.facts["statistics_count"], own.features.count) == (6, 50, 50)
+        plain = features_of(open_input(path), Inception())  # not of its features, as the file says
+        assert plain.features.count == 6
     assert shas[0] != shas[1]
     assert all(sha.startswith("from the file") for sha in shas)

@@ -2,13 +2,14 @@
 
 import copy
 import csv
+import itertools
 import json
 
 import pytest
 import torch
 from PIL import Image
 
-from edt_diffusion.evaluation.comparison import cautions, comparable_groups, incomparable
+from edt_diffusion.evaluation.comparison import cautions, comparable_groups, incomparable, otherwise_judged
 from edt_diffusion.evaluation.report import markdown, pareto_front, rows, text_table, write_tables
 from edt_diffusion.evaluation.result import Result, environment, load_results
 from edt_diffusion.util.errors import UserError
@@ -62,6 +63,7 @@ MATTERS = [
     ("samples.count", 200, ("number of samples", "100 and 200")),
     ("samples.size", [8, 16], ("size of the samples", "8x8 and 8x16")),
     ("samples.preparation", "center to 8x8", ("preparation of the samples",)),
+    ("samples.statistics", "from the file", ("origin of the samples' statistics", "unknown and from the file")),
     ("samples.labels", "random", ("label policy", "balanced and random")),
     ("settings.neighbours", 5, ("settings of the metrics", "neighbours is 3 and 5")),
     ("settings.replicates", 20, ("settings of the metrics", "replicates is 200 and 20")),
@@ -111,6 +113,85 @@ def test_classes_as_found_are_told_and_chosen_ones_must_agree():
     assert cautions(result(), random) == []
 
 
+def test_members_of_a_group_are_comparable_with_each_other_in_any_order():
+    """What is as found goes with either policy, and does not bring the two together."""
+    kinds = {name: changed("samples.labels", name) for name in ("as found", "balanced", "random")}
+    for order in itertools.permutations(kinds):
+        results = [kinds[name] for name in order]
+        groups = comparable_groups(results)
+        names = [{order[index] for index in group} for group in groups]
+        assert len(groups) == 2
+        assert {"balanced", "random"} not in names
+        chosen = next(name for name in order if name != "as found")
+        assert {"as found", chosen} in names  # the first that it fits
+
+
+JUDGED = {
+    "classifier": {"kind": "conv", "sha256": "a" * 64},
+    "training": {"pictures": 50, "sha256": "b" * 64, "mirrored": False},
+    "held_out": {"pictures": 10, "sha256": "c" * 64},
+    "baseline": "held-out",
+    "space": "pixels in [0, 1]",
+    "closest": 10,
+    "level": 0.95,
+}
+
+
+def judged(**changes) -> Result:
+    one = result(judge={"class_fidelity": 0.5, "interval": [0.4, 0.6]}, memorisation={"ratio": 0.5})
+    one.manifest["judged_by"] = copy.deepcopy(JUDGED)
+    for path, value in changes.items():
+        tree = one.manifest["judged_by"]
+        *parents, name = path.split("__")
+        for parent in parents:
+            tree = tree[parent]
+        tree[name] = value
+    return one
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, {}),
+        ({"closest": 3}, {}),
+        ({"classifier__sha256": "d" * 64}, {"judge": ["classifier: aaaaaaaaaaaa... and dddddddddddd..."]}),
+        ({"classifier": None}, {"judge": ["classifier: aaaaaaaaaaaa... and unknown"]}),
+        ({"training__sha256": "d" * 64}, {"memorisation": ["training pictures: bbbbbbbbbbbb... and dddddddddddd..."]}),
+        ({"training__mirrored": True}, {"memorisation": ["mirroring of the training pictures: False and True"]}),
+        ({"space": "features"}, {"memorisation": ["space of the distances: pixels in [0, 1] and features"]}),
+        ({"held_out__sha256": "d" * 64}, {"memorisation": ["held-out pictures: cccccccccccc... and dddddddddddd..."]}),
+        (
+            {"held_out": None, "baseline": "leave-one-out"},
+            {
+                "memorisation": [
+                    "baseline: held-out and leave-one-out",
+                    "held-out pictures: cccccccccccc... and unknown",
+                ]
+            },
+        ),
+    ],
+)
+def test_what_judging_says_is_comparable_only_if_judged_alike(changes, said):
+    assert otherwise_judged(judged(), judged(**changes)) == said
+    assert incomparable(judged(), judged(**changes)) == []
+
+
+def test_what_is_not_known_of_judging_or_not_there():
+    early = {"training": {"pictures": 50, "mirrored": False}, "held_out": None}
+    unknown = [judged(), judged()]
+    for one in unknown:
+        one.manifest["judged_by"] = early
+    assert otherwise_judged(*unknown) == {
+        "judge": ["classifier: unknown and unknown"], "memorisation": ["training pictures: unknown and unknown"],
+    }  # fmt: skip
+    without = judged(classifier=None)
+    without.judge = None
+    assert otherwise_judged(judged(), without) == {}
+    assert otherwise_judged(judged(), result()) == otherwise_judged(result(), judged()) == {}
+    alone = {"held_out": None, "baseline": "leave-one-out"}
+    assert otherwise_judged(judged(**alone), judged(**alone)) == {}
+
+
 def test_a_result_comes_back_from_its_file(tmp_path):
     one = result(against={"amm": {"label": "a", "difference": 1.0, "low": 0.0, "high": 2.0}}, seconds_per_image=0.5)
     one.warnings.append("few pictures")
@@ -152,6 +233,8 @@ def test_results_of_files_and_folders(tmp_path):
     assert labels(folder / "b.json", folder) == [both[1], *both]
     result("step 5").save(folder.parent / "step-00000005.json")
     assert labels(tmp_path / "run") == [*both, (str(folder.parent / "step-00000005.json"), "step 5")]
+    assert labels(folder.parent) == labels(tmp_path / "run")  # without the run around it
+    assert labels(folder) == both
     with pytest.raises(UserError, match="holds no results"):
         load_results([folder / "features"])
     with pytest.raises(UserError, match="no results were named"):
@@ -201,6 +284,11 @@ def test_cells_of_the_table():
         ["guidance=2 amm=off", "3.5 [2.5, 4.5]", "8.25", "50.0% [40.0%, 60.0%]", "0.988", "-8.5 [-9, -8]", "0.5"],
     ]
     assert rows([result()])[0] == ["setting", "FID ↓"]
+    heads, table = rows(full(), ["judge"])
+    assert heads == ["setting", "FID ↓", "IS ↑", "novelty ↑", "Δ to guidance=1", "s/image ↓"]
+    assert table[1][3] == "0.988"
+    assert rows(full(), ["memorisation", "judge"])[0] == ["setting", "FID ↓", "IS ↑", "Δ to guidance=1", "s/image ↓"]
+    assert "novelty" not in text_table(full(), None, {"memorisation"})
 
 
 def test_cells_of_what_could_not_be_had():

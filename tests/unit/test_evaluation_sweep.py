@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from edt_diffusion.evaluation import sweep
 from edt_diffusion.evaluation.extractors.base import Extractor, Features
 from edt_diffusion.evaluation.feature_set import FeatureSet
-from edt_diffusion.evaluation.measure import choose_metrics, measure, possible_metrics
+from edt_diffusion.evaluation.measure import choose_metrics, left_out, measure, possible_metrics
 from edt_diffusion.evaluation.metrics import MetricSettings
 from edt_diffusion.evaluation.reference import Known
 from edt_diffusion.evaluation.result import Result
@@ -78,7 +79,7 @@ def test_numbers_are_those_of_the_pictures(tmp_path):
         root = np.linalg.eigvals(covariance @ other).astype(complex) ** 0.5
         expected = ((mean - theirs.mean(axis=0)) ** 2).sum() + np.trace(covariance + other) - 2 * root.sum().real
         assert result.metrics["fid"]["value"] == pytest.approx(expected, rel=1e-4)
-        assert result.seconds_per_image == pytest.approx(4 * 0.25 / COUNT)
+        assert result.seconds_per_image == pytest.approx(0.25 / 16)  # a batch; the last one was padded
         assert result.manifest["sampling"] == {"guidance": made.setting.guidance}
         assert result.manifest["reference"]["sha256"] == "6" * 64
         assert Result.load(tmp_path / f"guidance-{made.setting.guidance:g}_amm-saved.json") == result
@@ -161,6 +162,49 @@ def test_a_metric_that_is_added_later_needs_no_new_samples(tmp_path):
     assert [list(Result.load(path).metrics) for path in tmp_path.glob("guidance*.json")] == [["fid", "kid"]] * 2
 
 
+def test_where_a_model_lies_does_not_make_other_samples(tmp_path):
+    evaluation(tmp_path).run(plan(1, 2))
+    moved = evaluation(tmp_path)
+    moved.model = {**moved.model, "from": "/elsewhere"}
+    again = plan(1, 2, 3)
+    results = moved.run(again)
+    assert [made.made for made in again] == [[], [], [0, 16, 32, 48]]
+    assert results[2].against["guidance"]["to"] == "guidance=1"
+
+
+def test_large_sets_are_kept_only_where_they_are_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_SMALL_BYTES", 0)
+    plain = evaluation(tmp_path)
+    first = plain.run(plan(1))
+    assert not list(tmp_path.rglob("extra_pictures.npy"))
+    # For pictures they are made again, once; features for another metric are there in either place.
+    full, made = evaluation(tmp_path, ["fid", "kid"], needs_pictures=True), plan(1)
+    assert numbers(full.run(made)) == numbers(first)
+    assert made[0].made == [0, 16, 32, 48]
+    pictures = full.gather(full.parts(made[0]), made[0].make, "").extras["pictures"]
+    assert np.array_equal(pictures, Made(1).make(0, COUNT)[0])
+    made = plan(1)
+    evaluation(tmp_path, ["precision"]).run(made)
+    assert made[0].made == []
+    full.tidy(plan(1))  # features stay, pictures do not
+    assert not list(tmp_path.rglob("extra_pictures.npy"))
+    made = plan(1)
+    evaluation(tmp_path, ["coverage"]).run(made)
+    assert made[0].made == []
+    evaluation(tmp_path, keep="none").tidy(plan(1))
+    assert not list((tmp_path / "features").iterdir())
+    kept = evaluation(tmp_path / "kept", keep="pictures")
+    kept.run(plan(1))
+    kept.tidy(plan(1))
+    assert len(list((tmp_path / "kept").rglob("extra_pictures.npy"))) == 1
+
+
+def test_what_an_evaluation_takes_of_the_disk(tmp_path, monkeypatch):
+    assert evaluation(tmp_path).disk_bytes(3) == 3 * COUNT * (3 * 4 + 4 * 4 * 3)
+    monkeypatch.setattr(sweep, "_SMALL_BYTES", 0)
+    assert evaluation(tmp_path).disk_bytes(3) == 3 * COUNT * 3 * 4
+
+
 def test_a_sweep_without_fid_has_no_differences(tmp_path):
     results = evaluation(tmp_path, ["precision"]).run(plan(1, 2))
     assert results[1].against is None
@@ -228,7 +272,7 @@ def test_other_processes_help_and_write_no_results(tmp_path):
 def test_names_of_metrics():
     assert choose_metrics(None) is None
     assert choose_metrics("KID, fid,fid") == ["kid", "fid"]
-    assert {"fid", "sfid", "is", "precision", "recall", "kid"} <= set(choose_metrics("all"))
+    assert choose_metrics("all") == choose_metrics("ALL") == ["all"]
     for words, said in (("", "names none"), (",", "names none"), ("fdi", "did you mean 'fid'?")):
         with pytest.raises(UserError) as error:
             choose_metrics(words)
@@ -250,6 +294,83 @@ def test_what_is_possible_is_known_beforehand():
     ):
         with pytest.raises(UserError, match=said):
             possible_metrics(Means(), size, against, names)
+
+
+class Classes(Means):
+    """With class scores, so that one metric needs no reference."""
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        means = images.float().mean(dim=(2, 3)) / 255
+        return Features(means, means)
+
+
+def test_what_is_left_out_is_told():
+    size, known = (4, 4), reference().features
+    # The usual ones that the extractor has nothing for are no news; of "all" each is told.
+    assert left_out(Means(), size, known) == []
+    assert possible_metrics(Means(), size, known, ["all"]) == [
+        *("fid", "precision", "recall", "density", "coverage", "kid", "cmmd", "fid_infinity"),
+    ]
+    told = left_out(Means(), size, known, ["all"])
+    assert [line.partition(" is left out: ")[0] for line in told] == ["sfid", "is"]
+    assert told[1].endswith("there are none: take the pictures and an extractor with classes")
+    # 29 pictures are fewer than 10 for each of 3 features.
+    assert "fid_infinity" not in possible_metrics(Means(), size, known, ["all"], 29)
+    assert "fid_infinity" in possible_metrics(Means(), size, known, ["all"], 30)
+    assert left_out(Means(), size, known, ["all"], 29)[-1].startswith("fid_infinity is left out: fid_infinity of 29 ")
+    # Without a reference: one line that names them and says what to do.
+    assert possible_metrics(Classes(), size, None) == ["is"]
+    assert left_out(Classes(), size, None) == [
+        "no reference was given, so that fid, precision, recall, kid are left out: name real pictures or their "
+        "statistics by --reference"
+    ]
+    without = left_out(Classes(), size, None, ["all"])
+    assert "fid, precision, recall, density, coverage, kid, cmmd, fid_infinity are left out" in without[0]
+    assert [line.partition(" is left out")[0] for line in without[1:]] == ["sfid"]
+    statistics_only = left_out(Means(), size, FeatureSet(known.statistics))
+    assert [line.partition(" is left out")[0] for line in statistics_only] == ["precision", "recall", "kid"]
+
+
+def test_too_few_pictures_are_told_beforehand_with_their_side():
+    size, known = (4, 4), reference().features
+    rows = known.pooled[:3]
+    three = FeatureSet(GaussianStatistics.of(rows), rows)
+    said = "precision of 3 reference pictures does not exist: expected at least 4"
+    assert possible_metrics(Means(), size, three) == ["fid", "recall", "kid"]
+    assert left_out(Means(), size, three) == [f"precision is left out: {said}"]
+    with pytest.raises(UserError, match=said):
+        possible_metrics(Means(), size, three, ["fid", "precision"])
+    assert possible_metrics(Means(), size, known, None, 3) == ["fid", "precision"]
+    for names, count, said in (
+        (["recall"], 3, "recall of 3 generated pictures does not exist: expected at least 4"),
+        (["kid"], 3, "kid of 3 generated pictures does not exist: expected at least 4"),
+        (["fid"], 2, "fid of 2 generated pictures does not exist: expected at least 3"),
+        (["fid_infinity"], 29, "fid_infinity of 29 generated pictures with 3 features .* expected at least 30"),
+        (None, 1, "fid of 1 generated pictures"),
+    ):
+        with pytest.raises(UserError, match=said):
+            possible_metrics(Means(), size, known, names, count)
+    larger = MetricSettings(neighbours=9)
+    assert possible_metrics(Means(), size, known, ["recall"], 9) == ["recall"]
+    with pytest.raises(UserError, match="recall of 9 generated pictures does not exist: expected at least 10"):
+        possible_metrics(Means(), size, known, ["recall"], 9, larger)
+    other = np.random.default_rng(0).random((50, 7), np.float32)
+    with pytest.raises(UserError, match="3 features and the reference 7: both must come from one extractor"):
+        possible_metrics(Classes(), size, FeatureSet(GaussianStatistics.of(other), other), ["all"])
+
+
+def test_measuring_tells_what_it_left_out():
+    rows = np.random.default_rng(1).random((28, 3), np.float32)
+    few = FeatureSet(GaussianStatistics.of(rows), rows)
+    out, warnings = measure(few, reference().features, Means(), ["all"], SETTINGS)
+    assert list(out) == ["fid", "precision", "recall", "density", "coverage", "kid", "cmmd"]
+    assert [line.partition(" is left out")[0] for line in warnings[:3]] == ["sfid", "is", "fid_infinity"]
+    scored = FeatureSet(few.statistics, rows, rows)
+    out, warnings = measure(scored, None, Classes(), None, SETTINGS)
+    assert list(out) == ["is"]
+    assert warnings[0].startswith("no reference was given, so that fid, precision, recall, kid are left out")
+    with pytest.raises(UserError, match="expected at least 30"):
+        measure(few, reference().features, Means(), ["fid", "fid_infinity"], SETTINGS)
 
 
 def test_what_a_reader_must_know_goes_along():

@@ -384,6 +384,26 @@ def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         open_extractor("inception")
 
 
+def test_counts_of_batches_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"bn.weight": torch.zeros(2), "bn.num_batches_tracked": torch.tensor(0)}
+    for content, count in (
+        ({"bn.weight": torch.ones(2)}, 0),
+        (expected | {"bn.num_batches_tracked": torch.tensor(7)}, 7),
+    ):
+        path = tmp_path / f"{count}.pth"
+        torch.save(content, path)
+        monkeypatch.setattr(inception_weights, "SHA256", sha256_file(path))
+        loaded, _ = inception_weights.load_inception(expected, path)
+        assert loaded["bn.weight"].tolist() == content["bn.weight"].tolist()
+        assert loaded["bn.num_batches_tracked"].item() == count
+        assert loaded["bn.num_batches_tracked"].dtype == torch.int64
+    path = tmp_path / "no_weight.pth"
+    torch.save({"bn.num_batches_tracked": torch.tensor(0)}, path)
+    monkeypatch.setattr(inception_weights, "SHA256", sha256_file(path))
+    with pytest.raises(UserError, match=r"bn.weight should be .* found no such tensor"):
+        inception_weights.load_inception(expected, path)
+
+
 class Trap:
     def __reduce__(self) -> tuple:
         return (print, ("executed",))

@@ -8,7 +8,8 @@ from edt_diffusion.data import open_images, stratified_split
 from edt_diffusion.evaluation import memorisation as module
 from edt_diffusion.evaluation import neighbours
 from edt_diffusion.evaluation.extractors.base import Extractor, Features
-from edt_diffusion.evaluation.memorisation import memorisation, nearest_neighbours, pairs_picture
+from edt_diffusion.evaluation.memorisation import CopySearch, memorisation, nearest_neighbours
+from edt_diffusion.evaluation.pairs import pairs_picture
 from edt_diffusion.util.errors import UserError
 
 
@@ -262,6 +263,16 @@ def test_sources_are_read_block_by_block_and_may_exceed_the_memory(monkeypatch):
     assert memorisation(*sources, progress=lambda done, total: told.append((done, total))) == whole
     assert [source.largest for source in sources] == [128, 128, 128]
     assert {(400, 400), (300, 300), (200, 200)} <= set(told)
+
+
+@pytest.mark.parametrize("with_held_out", [True, False])
+def test_a_search_gives_each_set_what_it_gives_alone(with_held_out):
+    training, held_out = random_pictures(40, 1), random_pictures(20, 2) if with_held_out else None
+    search = CopySearch(training, held_out)
+    for seed, count in ((3, 30), (4, 25), (3, 30)):
+        made = random_pictures(count, seed)
+        assert search.compare(made, 4) == memorisation(made, training, held_out, closest=4)
+    assert (search.space, search.baseline) == ("pixels in [0, 1]", "held-out" if with_held_out else "leave-one-out")
 
 
 def test_sets_that_do_not_fit_are_refused():

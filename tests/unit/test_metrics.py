@@ -11,6 +11,7 @@ from edt_diffusion.evaluation.metrics import METRICS, MetricSettings, neighbours
 from edt_diffusion.evaluation.metrics.cmmd import gaussian_kernel
 from edt_diffusion.evaluation.metrics.kernels import unbiased_mmd
 from edt_diffusion.evaluation.metrics.kid import cubic_kernel
+from edt_diffusion.evaluation.metrics.resampling import left_out_fifths
 from edt_diffusion.evaluation.statistics import GaussianStatistics
 from edt_diffusion.util.errors import UserError
 
@@ -50,7 +51,7 @@ def test_inception_score_of_known_distributions() -> None:
     assert found.value == pytest.approx(known, rel=1e-6)
 
 
-def test_inception_score_is_torchmetrics_and_adm_splits() -> None:
+def test_inception_score_is_torchmetrics_of_whole_splits() -> None:
     from torchmetrics.image.inception import InceptionScore
 
     logits = np.random.default_rng(0).standard_normal((130, 8)).astype(np.float32) * 3
@@ -66,13 +67,25 @@ def test_inception_score_is_torchmetrics_and_adm_splits() -> None:
 
     one = METRICS["is"](scored(logits), None, FEW)
     assert one.value == pytest.approx(theirs(logits), rel=1e-6)
-    assert not one.notes
+    assert one.notes == ("one split of 130 pictures, fewer than 5000: lower than that of whole splits",)
     found = METRICS["is"](scored(logits), None, MetricSettings(replicates=20, split=50))
-    known = np.mean([theirs(part) for part in (logits[:50], logits[50:100], logits[100:])])
+    known = np.mean([theirs(part) for part in (logits[:50], logits[50:100])])
     assert found.value == pytest.approx(known, rel=1e-6)
-    assert found.notes == ("the last of 3 splits holds 30 of 50 pictures",)
+    assert found.samples == 100
+    assert found.notes == ("the last 30 of 130 pictures are left out: fewer than a split of 50",)
+    whole = METRICS["is"](scored(logits[:100]), None, MetricSettings(replicates=20, split=50))
+    assert (whole.value, whole.low, whole.high, whole.notes) == (found.value, found.low, found.high, ())
     sorted_by_class = METRICS["is"](scored(logits, np.arange(130) // 20), None, MetricSettings(split=65))
     assert "sorted by class" in sorted_by_class.notes[0]
+
+
+def test_a_picture_more_than_whole_splits_changes_nothing() -> None:
+    """ADM's rule would take the mean of 5.69, for instance, and of the score 1 of a split of one picture."""
+    logits = np.random.default_rng(0).standard_normal((5001, 10)).astype(np.float32) * 5
+    one, other = (METRICS["is"](scored(logits[:rows]), None, FEW) for rows in (5000, 5001))
+    assert one.value > 5
+    assert (other.value, other.low, other.high, other.samples) == (one.value, one.low, one.high, 5000)
+    assert other.notes == ("the last 1 of 5001 pictures are left out: fewer than a split of 5000",)
 
 
 # Precision, recall, density, coverage
@@ -120,7 +133,7 @@ def test_manifolds_agree_with_brute_force(monkeypatch: pytest.MonkeyPatch, offse
     found = {name: METRICS[name](generated, reference, FEW).value for name in MANIFOLD}
     assert found == pytest.approx(known, rel=1e-12)
     np.testing.assert_allclose(
-        neighbours.nearest_squared(y, 5) ** 0.5, np.sort(distances["yy"], axis=1)[:, 1:6], rtol=1e-6, atol=1e-6
+        neighbours.nearest(y, 5)[0] ** 0.5, np.sort(distances["yy"], axis=1)[:, 1:6], rtol=1e-6, atol=1e-6
     )
 
 
@@ -129,7 +142,7 @@ def test_neighbours_are_scikit_learns() -> None:
 
     x = np.random.default_rng(2).standard_normal((1500, 40)).astype(np.float32) + 50
     theirs = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(x.astype(np.float64) - 50).kneighbors()[0]
-    np.testing.assert_allclose(np.sqrt(neighbours.nearest_squared(x, 5)), theirs, rtol=1e-6)
+    np.testing.assert_allclose(np.sqrt(neighbours.nearest(x, 5)[0]), theirs, rtol=1e-6)
 
 
 def test_a_set_against_itself() -> None:
@@ -138,6 +151,51 @@ def test_a_set_against_itself() -> None:
     assert found == {"precision": 1.0, "coverage": 1.0}
     far = feature_set(x + 1000)
     assert [METRICS[name](far, feature_set(x), FEW).value for name in MANIFOLD] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rows", [5, 6, 40, 150])
+def test_pictures_left_out_are_as_if_they_had_never_been(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Replicates of recall and coverage are the metrics themselves of the pictures that remain."""
+    monkeypatch.setattr(neighbours, "_ROWS", 32)
+    monkeypatch.setattr(neighbours, "_COLUMNS", 45)
+    monkeypatch.setattr(neighbours, "_PAIRS", 50)
+    draw = np.random.default_rng(9)
+    x, y = draw.standard_normal((rows, 3)).astype(np.float32), draw.standard_normal((110, 3))
+    x[3] = x[4]
+    generated, reference = feature_set(x), feature_set(y)
+    settings = MetricSettings(seed=5, neighbours=2)
+    away = left_out_fifths(5, rows)
+    assert away.sum(axis=0).tolist() == [4] * rows
+    assert rows < 40 or len(np.unique(away, axis=0)) == 20
+    for name in ("recall", "coverage"):
+        found = METRICS[name].measure(generated, reference, settings).replicates
+        assert found is not None
+        known = [METRICS[name].measure(feature_set(x[~each]), reference, settings).value for each in away]
+        np.testing.assert_allclose(found.values, known, rtol=1e-12)
+        kept = rows - rows / 5
+        assert found.scale == pytest.approx(np.sqrt(kept / (rows - kept)), rel=0.15)
+
+
+def test_balls_that_hold_everything() -> None:
+    """All pairs are within reach, and each group of pictures alone reaches all of them."""
+    draw = np.random.default_rng(10)
+    wide, narrow = (
+        feature_set(100 * draw.standard_normal((1500, 4))),
+        feature_set(0.01 * draw.standard_normal((900, 4))),
+    )
+    found = METRICS["recall"](wide, narrow, FEW)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(900 / (900 + 1.959964**2), rel=1e-6)  # Wilson's of 900 of 900
+    none = METRICS["coverage"](feature_set(100 + draw.standard_normal((50, 4))), narrow, FEW)
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(1 - 50 / (50 + 1.959964**2), rel=1e-6)  # of 50 generated ones
+
+
+def test_recall_of_few_pictures_has_no_interval() -> None:
+    x = np.random.default_rng(11).standard_normal((30, 2))
+    found = METRICS["recall"](feature_set(x[:4]), feature_set(x), FEW)
+    assert (found.low, found.high, found.error) == (None, None, None)
+    assert found.notes == ("no interval: 4 generated pictures are too few to leave any out",)
 
 
 # Kernels
@@ -283,16 +341,33 @@ def test_refusals() -> None:
             METRICS["sfid"](one, other)
     with pytest.raises(UserError, match="4 features and the reference 3: both must come from one extractor"):
         METRICS["fid"](whole, feature_set(x[:, :3]))
-    with pytest.raises(UserError, match="fid of 1 generated pictures does not exist: expected at least 2"):
+    with pytest.raises(UserError, match="fid of 1 generated pictures does not exist: expected at least 3"):
         METRICS["fid"](feature_set(x[:1]), whole)
     with pytest.raises(UserError, match="kid of 1 reference pictures"):
         METRICS["kid"](whole, FeatureSet(statistics.statistics, x[:1].astype(np.float32)))
-    with pytest.raises(UserError, match="3 pictures have no 3 neighbours each: expected at least 4"):
-        METRICS["precision"](whole, feature_set(x[:3]))
-    with pytest.raises(UserError, match="3 generated pictures are too few for a kernel distance"):
-        METRICS["kid"](feature_set(x[:3]), whole)
-    with pytest.raises(UserError, match="fid_infinity of 5 generated pictures"):
-        METRICS["fid_infinity"](feature_set(x[:5]), whole)
+    few = feature_set(x[:3])
+    for name, one, other, said in (
+        ("precision", whole, few, "precision of 3 reference pictures does not exist: expected at least 4"),
+        ("recall", few, whole, "recall of 3 generated pictures does not exist: expected at least 4"),
+        ("density", whole, few, "density of 3 reference pictures does not exist: expected at least 6"),
+        ("coverage", whole, few, "coverage of 3 reference pictures does not exist: expected at least 6"),
+        ("kid", few, whole, "kid of 3 generated pictures does not exist: expected at least 4"),
+        ("cmmd", few, whole, "cmmd of 3 generated pictures does not exist: expected at least 4"),
+    ):
+        with pytest.raises(UserError, match=said):
+            METRICS[name](one, other)
+    for name, one, other in (
+        ("precision", few, whole), ("recall", whole, few), ("coverage", few, whole), ("kid", whole, few),
+        ("precision", whole, feature_set(x[:4])), ("recall", feature_set(x[:4]), whole), ("fid", few, few),
+    ):  # fmt: skip
+        METRICS[name](one, other, FEW)
+    with pytest.raises(UserError, match="recall of 5 generated pictures does not exist: expected at least 8"):
+        METRICS["recall"](feature_set(x[:5]), whole, MetricSettings(neighbours=7))
+    with pytest.raises(
+        UserError, match=r"fid_infinity of 30 generated pictures .* expected at least 40, 10 per feature"
+    ):
+        METRICS["fid_infinity"](whole, whole)
+    assert METRICS["fid_infinity"].missing(feature_set(np.tile(x, (2, 1))[:40]), whole) is None
     damaged = x.astype(np.float32).copy()
     damaged[17, 2] = np.nan
     for name in ("fid", "precision", "kid"):
@@ -306,6 +381,8 @@ def test_small_samples_are_told() -> None:
     assert sample_size_warnings(10_240, None, 2048) == []
     assert sample_size_warnings(None, None, 2048) == []
     assert len(sample_size_warnings(10_239, 50_000, 2048)) == 1
+    assert "see kid" in sample_size_warnings(10_239, 50_000, 2048)[0]
+    assert "fid_infinity" not in sample_size_warnings(10_239, 50_000, 2048)[0]  # which would refuse so few
     deficient, biased = sample_size_warnings(50_000, 2048, 2048)
     assert deficient == "covariance is rank-deficient: 2048 reference samples for 2048 features"
     assert biased.startswith("biased upward: 2048 reference samples for 2048 features")

@@ -9,6 +9,7 @@ from edt_diffusion.evaluation.metrics import METRICS, MetricSettings, frechet_di
 from edt_diffusion.evaluation.metrics.fid_infinity import intercept
 from edt_diffusion.evaluation.metrics.frechet import FrechetDistance, WeightedDistances, affordable_replicates
 from edt_diffusion.evaluation.statistics import GaussianStatistics
+from edt_diffusion.util.errors import UserError
 from edt_diffusion.util.rng import Purpose, stream
 
 of_moments = GaussianStatistics.from_moments
@@ -164,7 +165,7 @@ def test_fid_is_the_distance_and_says_what_it_rests_on() -> None:
     assert found.low < found.value < found.high
     assert found.notes == (
         "biased upward: 60 generated samples for 16 features, fewer than 5 for each; take more samples, compare at "
-        "equal numbers only, or see fid_infinity",
+        "equal numbers only, or see kid, which has no such bias",
     )
     again = METRICS["fid"](x, y, MetricSettings(replicates=50))
     assert again == found
@@ -200,8 +201,11 @@ def test_extrapolation_reaches_the_distance_of_the_distributions() -> None:
     assert np.mean(fids) - 0.8 > 0.15  # what there is to be taken off
     assert abs(np.mean(values) - 0.8) < 3 * deviation / np.sqrt(12)
     assert 0.6 < np.mean(errors) / deviation < 1.7
-    few = METRICS["fid_infinity"](feature_set(draw.standard_normal((100, 16))), reference, MetricSettings())
-    assert "extrapolated from 100 samples for 16 features, fewer than 10 for each" in few.notes[0]
+    small = feature_set(draw.standard_normal((159, 16)))
+    found = METRICS["fid_infinity"](x, small, MetricSettings(replicates=20))
+    assert "biased upward: 159 reference samples for 16 features, and only the number of generated" in found.notes[0]
+    with pytest.raises(UserError, match=r"159 generated pictures with 16 features would be far too low: .* 160"):
+        METRICS["fid_infinity"](small, reference)
 
 
 def test_extrapolation_uses_every_picture_at_every_size() -> None:
@@ -212,8 +216,8 @@ def test_extrapolation_uses_every_picture_at_every_size() -> None:
     assert x.pooled is not None
     order = stream(4, Purpose.SUBSET).permutation(240)
     means = [
-        np.mean([frechet_distance(GaussianStatistics.of(x.pooled[order[fold::k]]), reference.statistics)
-                 for fold in range(k)])
+        np.mean([frechet_distance(GaussianStatistics.of(x.pooled[fold]), reference.statistics)
+                 for fold in np.array_split(order, k)])
         for k in range(1, 6)
     ]  # fmt: skip
     line = linregress(np.arange(1, 6) / 240, means)

@@ -1,5 +1,7 @@
 """Whether intervals are as wide as chance is, found by drawing the pictures anew many times."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,8 +10,11 @@ from edt_diffusion.evaluation.metrics import METRICS, MetricSettings, paired_dif
 from edt_diffusion.evaluation.metrics.base import Measurement, summarise
 from edt_diffusion.evaluation.metrics.resampling import (
     Replicates,
+    block_count,
     bootstrap_counts,
-    bootstrap_means,
+    mean_replicates,
+    random_order,
+    resample_counts,
     subset_counts,
 )
 from edt_diffusion.evaluation.statistics import GaussianStatistics
@@ -60,6 +65,24 @@ def test_errors_are_as_large_as_chance(name: str, rows: int, features: int) -> N
     deviation, error, half = deviation_and_error(name, rows, features)
     assert 0.7 < error / deviation < 1.45
     assert 0.7 < half / (1.96 * deviation) < 1.45
+
+
+@pytest.mark.parametrize("name", ["recall", "coverage"])
+@pytest.mark.parametrize(("rows", "others", "features"), [(100, 1500, 8), (200, 200, 6)])
+def test_shares_of_the_reference_depend_on_the_generated_pictures(
+    name: str, rows: int, others: int, features: int
+) -> None:
+    """Wilson's interval of the reference's share held the mean in 40 to 72 of 100 draws with few generated pictures."""
+    draw = np.random.default_rng(11)
+    reference = feature_set(draw.standard_normal((others, features)))
+    found = [
+        METRICS[name](feature_set(draw.standard_normal((rows, features))), reference, MetricSettings(seed=number))
+        for number in range(100)
+    ]
+    values = np.array([each.value for each in found])
+    held = sum((each.low or 0) <= values.mean() <= (each.high or 1) for each in found)
+    assert 85 <= held <= 100
+    assert 0.7 < np.mean([each.error for each in found]) / values.std(ddof=1) < 1.6
 
 
 @pytest.mark.slow
@@ -125,8 +148,101 @@ def test_resamples() -> None:
         assert chosen.sum() == kept
     # The mean of n values has the standard error s / n½.
     values = np.random.default_rng(2).exponential(size=400)
-    errors = Replicates(bootstrap_means(values, 0, 1000)).error
-    assert errors == pytest.approx(values.std() / 20, rel=0.1)
+    assert mean_replicates(values, 0, 1000).error == pytest.approx(values.std() / 20, rel=0.1)
+    # Within classes, the deviations from the classes' means: (sum of (n_c / n)² s_c² / n_c)½, here s / 20 as well.
+    classes = np.arange(400) % 4
+    shifted = values + 10.0 * classes
+    parts = [np.var(shifted[classes == c], ddof=1) / 100 / 16 for c in range(4)]
+    assert mean_replicates(shifted, 0, 1000, classes).error == pytest.approx(np.sqrt(sum(parts)), rel=0.1)
+    assert mean_replicates(shifted, 0, 1000).error == pytest.approx(shifted.std() / 20, rel=0.1)
+    # Two of a class: a bootstrap within it would see half of the variance.
+    pairs = np.arange(400) // 2
+    known = np.sqrt(np.mean([np.var(values[pairs == c], ddof=1) for c in range(200)]) / 400)
+    assert mean_replicates(values, 0, 1000, pairs).error == pytest.approx(known, rel=0.25)
+
+
+def test_orders_hold_classes_in_proportion() -> None:
+    draw = np.random.default_rng(3)
+    labels = draw.permutation(np.repeat([7, 1, 4], [300, 50, 10]))
+    order = random_order(draw, 360, labels)
+    assert sorted(order) == list(range(360))
+    for start in range(0, 360, 24):
+        for stop in range(start + 12, 361, 36):
+            for label, share in ((7, 300 / 360), (1, 50 / 360), (4, 10 / 360)):
+                assert abs((labels[order[start:stop]] == label).sum() - share * (stop - start)) < 3
+    first = [random_order(draw, 360, labels)[0] for _ in range(300)]
+    assert len(set(first)) > 120  # any picture may come first, of any class
+    assert {labels[row] for row in first} == {7, 1, 4}
+    kept = np.bincount(labels[np.flatnonzero(resample_counts(0, 1, 360, labels))], minlength=8)
+    assert [kept[c] for c in (7, 1, 4)] == [240, 40, 8]
+    for part in np.array_split(random_order(draw, 100, np.arange(100) % 10), 5):
+        assert sorted(part % 10) == sorted([*range(10), *range(10)])
+
+
+def test_as_many_blocks_as_classes_allow() -> None:
+    assert block_count(20) == 20
+    for each, blocks in ((50, 25), (10, 10), (1000, 20), (500, 20), (40, 20), (12, 12), (30, 15)):
+        assert block_count(20, np.repeat(np.arange(10), each)) == blocks, each
+    assert block_count(2, np.arange(50)) == 2
+
+
+# Samples with so many of each class
+
+
+CENTRES = 2 * np.random.default_rng(6).standard_normal((10, 12))
+
+
+def of_classes(draw: np.random.Generator, labels: np.ndarray, stratified: bool) -> FeatureSet:
+    features = CENTRES[labels] * 1.1 + 1.1 * draw.standard_normal((len(labels), 12))
+    return replace(feature_set(features, labels), stratified=stratified)
+
+
+@pytest.mark.parametrize("name", ["fid", "kid", "cmmd", "fid_infinity", "is", "precision", "density"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_fixed_shares_of_classes_are_not_chance(name: str, fixed: bool) -> None:
+    """Of 300 pictures, 30 of each class, or of classes drawn at random."""
+    draw = np.random.default_rng(7)
+    reference = of_classes(draw, np.arange(1500) % 10, False)
+    values, errors, wrong = [], [], []
+    for number in range(40):
+        labels = np.arange(300) % 10 if fixed else draw.integers(0, 10, 300)
+        generated = of_classes(draw, labels, fixed)
+        settings = MetricSettings(replicates=40 if number < 8 else 20, seed=number)
+        found = METRICS[name](generated, reference, settings)
+        values.append(found.value)
+        if number < 8:
+            errors.append(found.error)
+            wrong.append(METRICS[name](replace(generated, stratified=not fixed), reference, settings).error)
+    deviation = np.std(values, ddof=1)
+    # Of sets drawn nearly alike, what is linear in the pictures cancels in KID; a jackknife of the rest is too wide.
+    assert 0.6 < np.mean(errors) / deviation < (2.1 if name == "kid" else 1.75)
+    if name in ("fid", "kid", "cmmd", "fid_infinity"):  # what the mixture of classes matters to
+        apart = np.mean(wrong) / deviation
+        assert apart > 2.3 if fixed else apart < 0.75
+
+
+def test_what_the_class_alone_decides_is_certain_with_fixed_shares() -> None:
+    """Every picture of one class lies among the real ones, and none of the other."""
+    draw = np.random.default_rng(12)
+    reference, labels = feature_set(draw.standard_normal((300, 2))), np.arange(60) % 2
+    features = 0.1 * draw.standard_normal((60, 2)) + 100 * labels[:, None]
+    loose = METRICS["precision"](feature_set(features, labels), reference)
+    found = METRICS["precision"](replace(feature_set(features, labels), stratified=True), reference)
+    assert (loose.value, loose.low, loose.high) == (0.5, *wilson_interval(30, 60, 0.95))
+    assert (found.value, found.low, found.high, found.error) == (0.5, 0.5, 0.5, 0.0)
+    assert METRICS["kid"](replace(feature_set(features, labels), stratified=True), reference).replicates == 15
+
+
+def test_a_paired_difference_keeps_the_shares_that_either_set_knows_of() -> None:
+    draw = np.random.default_rng(8)
+    reference, labels = of_classes(draw, np.arange(1500) % 10, False), np.arange(200) % 10
+    a, b = (of_classes(draw, labels, True) for _ in range(2))
+    both = paired_difference(a, b, reference, "fid", MetricSettings(replicates=30))
+    for one, other in ((a, replace(b, stratified=False)), (replace(a, labels=None, stratified=False), b)):
+        found = paired_difference(one, other, reference, "fid", MetricSettings(replicates=30))
+        assert (found.value, found.low, found.error) == (both.value, both.low, both.error)
+    loose = [replace(features, stratified=False) for features in (a, b)]
+    assert paired_difference(*loose, reference, "fid", MetricSettings(replicates=30)).error != both.error
 
 
 # Two sets from the same seeds
@@ -139,7 +255,7 @@ def pair(draw: np.random.Generator, rows: int, apart: float) -> tuple[FeatureSet
 
 
 @pytest.mark.parametrize("ratio", [False, True])
-@pytest.mark.parametrize("name", ["fid", "kid", "precision", "is"])
+@pytest.mark.parametrize("name", ["fid", "kid", "precision", "is", "recall", "coverage"])
 def test_paired_errors_are_as_large_as_chance(name: str, ratio: bool) -> None:
     draw = np.random.default_rng(3)
     reference = feature_set(draw.standard_normal((800, 8)))
@@ -154,7 +270,8 @@ def test_paired_errors_are_as_large_as_chance(name: str, ratio: bool) -> None:
         if number < 8:
             errors.append(found.error)
             alone = np.hypot(of_a.error or 0, of_b.error or 0)
-    assert 0.6 < np.mean(errors) / np.std(values, ddof=1) < 1.6
+    # Nearest neighbours of close pairs change places as pictures are left out, more than they do in fresh pairs.
+    assert 0.6 < np.mean(errors) / np.std(values, ddof=1) < (2.1 if name == "recall" else 1.6)
     if name == "fid" and not ratio:
         assert np.mean(errors) < alone / 2  # what the common seeds are for
 
@@ -185,6 +302,8 @@ def test_pairs_that_are_none() -> None:
     a, b = feature_set(draw.random((30, 8)), labels), feature_set(draw.random((30, 8)), labels[::-1])
     with pytest.raises(UserError, match="different classes: expected row i of both"):
         paired_difference(a, b, reference, "fid")
+    with pytest.raises(UserError, match="recall of 30 generated pictures does not exist: expected at least 41"):
+        paired_difference(a, a, reference, "recall", MetricSettings(neighbours=40))
     with pytest.raises(UserError, match="of 30 and 50 pictures: expected equal numbers"):
         paired_difference(a, reference, reference, "fid")
     with pytest.raises(UserError, match=r"unknown metric 'fidd'.*did you mean 'fid'"):

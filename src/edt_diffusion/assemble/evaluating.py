@@ -1,6 +1,7 @@
 """An evaluation, from what a user names to results. Read it from top to bottom to see what is opened when."""
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,14 @@ import numpy as np
 import torch
 
 from ..data.encoding_job import default_device, processes
-from ..evaluation.adm_npz import SampleNpzWriter, write_statistics_npz
+from ..evaluation.adm_npz import SampleNpzWriter, StatisticsOrigin, write_statistics_npz
 from ..evaluation.digests import digest_of
 from ..evaluation.extractors import Extractor, open_extractor
 from ..evaluation.generate import Samples
 from ..evaluation.inputs import Input, open_input
 from ..evaluation.judging import JudgeSettings, Judging
 from ..evaluation.labels import LabelPolicy, choose_labels
-from ..evaluation.measure import choose_metrics, possible_metrics
+from ..evaluation.measure import choose_metrics, left_out, possible_metrics
 from ..evaluation.metrics import MetricSettings
 from ..evaluation.parts import Gathered
 from ..evaluation.pixels import as_source
@@ -25,7 +26,7 @@ from ..evaluation.reference import Known, features_of
 from ..evaluation.report import write_tables
 from ..evaluation.result import AS_FOUND, SHARED, Result
 from ..evaluation.settings import parse_sweep
-from ..evaluation.sweep import Evaluation
+from ..evaluation.sweep import Evaluation, Keep
 from ..pipelines.loading import load_pipeline
 from ..util.errors import UserError
 from .facts import model_facts, picture_shape, sample_facts
@@ -33,6 +34,8 @@ from .run_pictures import RunPictures, reference_input
 
 # What is sampled when nobody says otherwise: enough for small extractors; published figures take 50,000.
 SAMPLES = 5000
+# From so many bytes on it is told what an evaluation takes of the disk.
+_MUCH = 1 << 30
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Request:
         judge: how to judge, or None.
         size: (height, width) that pictures are brought to.
         out: the folder of results; None makes one beside the model.
+        keep: what stays on the disk; see `sweep.Evaluation`.
         save_samples, save_statistics: `.npz` files to write, in the layout of ADM's evaluator.
         device: where to compute; None is the GPU if there is one.
         quiet: no progress.
@@ -75,6 +79,7 @@ class Request:
     judge: JudgeSettings | None = None
     size: tuple[int, int] | None = None
     out: Path | None = None
+    keep: Keep = "features"
     save_samples: Path | None = None
     save_statistics: Path | None = None
     device: str | None = None
@@ -83,18 +88,27 @@ class Request:
 
 @dataclass
 class Outcome:
-    """What came of it: results, and the files that hold them; nothing on processes other than the main one."""
+    """What came of it; nothing on processes other than the main one.
+
+    Attributes:
+        results: one for each setting.
+        out: their folder.
+        written: the files and folders that were written.
+        notes: which metrics were left out, and why.
+    """
 
     results: list[Result]
     out: Path
     written: list[Path]
+    notes: list[str]
 
 
 def is_model(what: str) -> bool:
     """Whether a name is that of a model, and not of pictures."""
     path = Path(what).expanduser()
     if path.is_dir():
-        return any((path / name).is_file() for name in ("model_index.json", "model/model_index.json", "config.yaml"))
+        begun = (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+        return begun or any((path / name).is_file() for name in ("model_index.json", "model/model_index.json"))
     return not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", what) is not None and path.suffix != ".npz"
 
 
@@ -137,7 +151,7 @@ def _evaluate_model(request: Request, settings: list[Any]) -> Outcome:
     needed = request.reference is None or (request.judge is not None and request.training is None)
     run = RunPictures.of(request.what) if needed else None
     shape = picture_shape(pipeline)
-    reference = reference_input(request.reference, run, shape)
+    reference = reference_input(request.reference or (request.training if run is None else None), run, shape)
     count = request.samples or SAMPLES
     names, classes = pipeline.class_names, pipeline.transformer.config.num_classes
     pictures = None if reference is None else reference.pictures
@@ -148,25 +162,32 @@ def _evaluate_model(request: Request, settings: list[Any]) -> Outcome:
     batch = request.batch or min(count, 64 if pipeline.vae is None else 16)
     plan = [Samples(pipeline, setting, labels, count, request.seed, batch) for setting in settings]
     known = _known(reference, extractor, request.quiet, rank, world_size)
-    metrics = possible_metrics(extractor, shape[:2], known and known.features, choose_metrics(request.metrics))
-    judging = _judging(request, run, shape, names, extractor, labels is not None)
+    asked = (extractor, shape[:2], known and known.features, choose_metrics(request.metrics), count, request.settings)
+    metrics, notes = possible_metrics(*asked), left_out(*asked)
+    judging = None if rank else _judging(request, run, shape, names, extractor, labels is not None)
     facts = sample_facts(count, policy, request.seed, batch, shape)
     key = digest_of([model["transformer_sha256"], extractor.identity(), known and known.sha256, facts])
     evaluation = Evaluation(
         request.out or Path(request.what if Path(request.what).is_dir() else "results") / "evaluation" / key[:8],
         extractor, known, facts, model, metrics, request.settings, labels,
-        judging=judging, keep_pictures=request.save_samples is not None, quiet=request.quiet, rank=rank,
-        world_size=world_size, device=str(device),
+        judging=judging, needs_pictures=request.judge is not None or request.save_samples is not None,
+        keep=request.keep, quiet=request.quiet, rank=rank, world_size=world_size, device=str(device),
     )  # fmt: skip
+    if evaluation.disk_bytes(len(plan)) > _MUCH and not (request.quiet or rank):
+        print(
+            f"features and samples take about {evaluation.disk_bytes(len(plan)) / 2**30:.1f} GiB in {evaluation.out} "
+            "while they are needed (see --keep)", file=sys.stderr,
+        )  # fmt: skip
     results = evaluation.run(plan)
     if rank:
-        return Outcome([], evaluation.out, [])
+        return Outcome([], evaluation.out, [], [])
     written = [evaluation.out]
     if request.save_samples is not None or request.save_statistics is not None:
         gathered = evaluation.gather(evaluation.parts(plan[-1]), plan[-1].make, "samples")
         assert gathered is not None
         written += _save(request, gathered, gathered.extras.get("pictures"), labels, extractor)
-    return Outcome(results, evaluation.out, written)
+    evaluation.tidy(plan)
+    return Outcome(results, evaluation.out, written, notes)
 
 
 def _evaluate_pictures(request: Request) -> Outcome:
@@ -177,14 +198,17 @@ def _evaluate_pictures(request: Request) -> Outcome:
         raise UserError(f"{request.what} holds statistics only: give them as --reference, and pictures to evaluate")
     extractor = open_extractor(request.extractor, device)
     shape = side.pictures.shape
-    reference = reference_input(request.reference, None, shape)
+    reference = reference_input(request.reference or request.training, None, shape)
     known = _known(reference, extractor, request.quiet, rank, world_size)
     measured = known is not None or request.save_statistics is None or request.metrics is not None
-    names = choose_metrics(request.metrics)
-    metrics = possible_metrics(extractor, shape[:2], known and known.features, names) if measured else None
+    asked = (
+        extractor, shape[:2], known and known.features, choose_metrics(request.metrics), len(side.pictures),
+        request.settings,
+    )  # fmt: skip
+    metrics, notes = (possible_metrics(*asked), left_out(*asked)) if measured else (None, [])
     here = features_of(side, extractor, quiet=request.quiet, rank=rank, world_size=world_size)
     if rank:
-        return Outcome([], Path(), [])
+        return Outcome([], Path(), [], [])
     labels = side.pictures.labels
     judging = _judging(request, None, shape, side.pictures.class_names, extractor, labels is not None)
     facts = {**here.facts, "count": len(side.pictures), "labels": AS_FOUND, "channels": shape[2]}
@@ -201,12 +225,15 @@ def _evaluate_pictures(request: Request) -> Outcome:
     results = []
     if measured:
         evaluation.begin()
-        results = [evaluation.result(Path(request.what).name or "pictures", name, gathered, side.pictures)]
-        evaluation.save(results[0], name)
+        found = evaluation.known(name, here.sha256)
+        if found is None:
+            found = evaluation.result(Path(request.what).name or "pictures", name, gathered, side.pictures)
+            evaluation.save(found, name)
+        results = [found]
         write_tables(evaluation.out, evaluation.all_results())
         written.append(evaluation.out)
     written += _save(request, gathered, side.pictures, labels, extractor)
-    return Outcome(results, evaluation.out, written)
+    return Outcome(results, evaluation.out, written, notes)
 
 
 def _device(name: str | None) -> str:
@@ -265,6 +292,11 @@ def _save(
                 file.append(images, None if labels is None else labels[part])
         written.append(request.save_samples)
     if request.save_statistics is not None:
-        write_statistics_npz(request.save_statistics, gathered.features.statistics, gathered.features.spatial)
+        features, origin = gathered.features, None
+        if features.count is not None:  # not those of a file that does not say what they are of
+            origin = StatisticsOrigin(
+                extractor.name, extractor.sha256, extractor.preprocessing, features.count, gathered.pictures_sha256
+            )
+        write_statistics_npz(request.save_statistics, features.statistics, features.spatial, origin)
         written.append(request.save_statistics)
     return written

@@ -1,19 +1,14 @@
 """The pictures that a run was trained on, for whoever judges it."""
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config import RunConfig, load_config
 from ..data import ImageDataset, open_dataset
-from ..data.first_use import fingerprint
 from ..data.shard_files import is_store
 from ..data.sources import find_source
-from ..evaluation.inputs import Input, dataset_input, open_input
+from ..evaluation.inputs import Input, dataset_input, open_input, pictures_key
 from ..util.errors import UserError
 from .during import split_for_validation
 
@@ -84,10 +79,10 @@ def origin(config: RunConfig, dataset: ImageDataset) -> tuple[str, list[Any]]:
     found = find_source(data.path, image_column=data.image_column, label_column=data.label_column, split=data.split)
     crop = "center" if data.crop == "random" else data.crop
     preparation = f"{crop} to {dataset.size[0]}x{dataset.size[1]}"
-    # Which pictures they are, too: the settings do not tell of every part that is held out.
-    rows = hashlib.sha256(dataset._rows.astype(np.int64).tobytes()).hexdigest()
-    place = os.path.realpath(data.path)
-    return preparation, [place, fingerprint(data.path, found), preparation, data.limit, rows, data.image_column]
+    return preparation, pictures_key(
+        data.path, found, dataset, preparation,
+        split=data.split, label_column=data.label_column, image_column=data.image_column, limit=data.limit,
+    )  # fmt: skip
 
 
 def reference_input(path: str | None, run: RunPictures | None, shape: tuple[int, int, int]) -> Input | None:

@@ -1,7 +1,7 @@
 """`edt evaluate`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 
@@ -36,6 +36,7 @@ def evaluate(
     size: str = typer.Option(None, "--size", metavar="H[xW]", help="Bring pictures of a folder to this size."),
     seed: int = typer.Option(0, "--seed", metavar="N", help="Seed of the samples."),
     batch_size: int = typer.Option(None, "--batch-size", min=1, metavar="N", help="Pictures computed at once."),
+    keep: str = typer.Option(None, "--keep", metavar="NAME", help="none, features (usual) or pictures, on disk."),
     save_samples: Path = typer.Option(None, "--save-samples", metavar="NPZ", help="Write the samples as ADM does."),
     save_statistics: Path = typer.Option(None, "--save-statistics", metavar="NPZ", help="Write mu and sigma."),
     out: Path = typer.Option(None, "--out", metavar="FOLDER", help="Results (default: evaluation/ beside the model)."),
@@ -56,6 +57,7 @@ def evaluate(
     from ..data.encoding_job import parse_size
     from ..evaluation.judging import JudgeSettings
     from ..evaluation.report import text_table
+    from ..evaluation.sweep import Keep
     from ..util.errors import UserError
 
     quiet_libraries()
@@ -64,6 +66,8 @@ def evaluate(
         "precision": precision,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
+    if keep is not None and keep not in get_args(Keep):
+        raise UserError(f"--keep {keep}: expected {', '.join(get_args(Keep))}")
     words = [*(sweep or []), *(axes or [])]
     for word in words:
         if (name := word.partition("=")[0]) in given:
@@ -79,14 +83,16 @@ def evaluate(
         samples=number, labels=labels or "auto", seed=seed, batch=batch_size, metrics=metrics,
         judge=JudgeSettings(judge_by or "auto") if judge else None,
         size=None if size is None else parse_size(size), out=out, save_samples=save_samples,
-        save_statistics=save_statistics, device=device, quiet=quiet,
+        save_statistics=save_statistics, keep=keep or "features",  # pyright: ignore[reportArgumentType]
+        device=device, quiet=quiet,
     )  # fmt: skip
     outcome = run(request)
     if int(os.environ.get("RANK", "0")):
         leave_at_once()
     if not as_json and outcome.results:
         print(text_table(outcome.results))
-    for warning in dict.fromkeys(warning for result in outcome.results for warning in result.warnings):
+    warnings = [*outcome.notes, *(warning for result in outcome.results for warning in result.warnings)]
+    for warning in dict.fromkeys(warnings):
         print(f"WARNING: {warning}", file=sys.stderr)
     facts = {"out": [str(path) for path in outcome.written], "results": [asdict(result) for result in outcome.results]}
     finish("wrote " + " and ".join(str(path) for path in outcome.written), facts, as_json)

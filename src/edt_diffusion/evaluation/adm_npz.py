@@ -1,7 +1,8 @@
 """Files of pictures and of statistics as ADM's evaluator reads and writes them (arXiv 2105.05233).
 
 - samples:   `arr_0` uint8 (N, H, W, 3), perhaps `arr_1` with the labels
-- reference: `mu` (D,), `sigma` (D, D), `mu_s`, `sigma_s` of the spatial features, perhaps `arr_0`
+- reference: `mu` (D,), `sigma` (D, D), `mu_s`, `sigma_s` of the spatial features, perhaps `arr_0`, and from here
+  `edt_extractor` and others, see `StatisticsOrigin`
 
 50,000 pictures of 256 px take 9.8 GB, so pictures are streamed in and out and never held; nothing is unpickled.
 """
@@ -14,18 +15,26 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 from ..util.errors import UserError
-from .adm_npz_writer import SampleNpzWriter, write_samples_npz, write_statistics_npz
+from .adm_npz_writer import SampleNpzWriter, StatisticsOrigin, write_samples_npz, write_statistics_npz
 from .statistics import GaussianStatistics
 
-__all__ = ["AdmNpz", "NpzPictures", "SampleNpzWriter", "read_npz", "write_samples_npz", "write_statistics_npz"]
+__all__ = [
+    "AdmNpz",
+    "NpzPictures",
+    "SampleNpzWriter",
+    "StatisticsOrigin",
+    "read_npz",
+    "write_samples_npz",
+    "write_statistics_npz",
+]
 
 
 class NpzPictures:
@@ -117,14 +126,17 @@ class AdmNpz:
     Attributes:
         path: the file.
         pictures: None if it holds statistics only.
-        statistics: of the pooled features, with unknown count; None if it holds pictures only.
+        statistics: of the pooled features, with unknown count unless there is an origin; None if it holds pictures
+            only.
         spatial: of the spatial features, or None.
+        origin: of the statistics, if the file says what they were taken with.
     """
 
     path: Path
     pictures: NpzPictures | None = None
     statistics: GaussianStatistics | None = None
     spatial: GaussianStatistics | None = None
+    origin: StatisticsOrigin | None = None
 
 
 def read_npz(path: str | os.PathLike[str]) -> AdmNpz:
@@ -145,9 +157,11 @@ def read_npz(path: str | os.PathLike[str]) -> AdmNpz:
             count, *shape = _picture_shape(archive)
             labels = _labels(archive, count) if "arr_1" in names else None
             pictures = NpzPictures(path, count, (shape[0], shape[1], shape[2]), labels)
-        statistics = _gaussian(archive, "mu", "sigma") if {"mu", "sigma"} <= names else None
-        spatial = _gaussian(archive, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= names else None
-    return AdmNpz(path, pictures, statistics, spatial)
+        origin = _origin(archive, names)
+        count = None if origin is None else origin.count
+        statistics = _gaussian(archive, "mu", "sigma", count) if {"mu", "sigma"} <= names else None
+        spatial = _gaussian(archive, "mu_s", "sigma_s", count) if {"mu_s", "sigma_s"} <= names else None
+    return AdmNpz(path, pictures, statistics, spatial, origin)
 
 
 @contextlib.contextmanager
@@ -235,13 +249,30 @@ def _labels(archive: zipfile.ZipFile, count: int) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _gaussian(archive: zipfile.ZipFile, mean: str, covariance: str) -> GaussianStatistics:
+def _origin(archive: zipfile.ZipFile, names: set[str]) -> StatisticsOrigin | None:
+    wanted = {f"edt_{field.name}": field for field in fields(StatisticsOrigin)}
+    there = wanted.keys() & names
+    if not there:
+        return None
+    if missing := sorted(wanted.keys() - there):
+        raise UserError(f"it says {min(there)} and not {missing[0]}; expected all of {', '.join(wanted)}, or none")
+    values: dict[str, Any] = {}
+    for name, field in wanted.items():
+        array = _array(archive, name)
+        kinds, what = ("iu", "a whole number") if field.type is int else ("U", "text")
+        if array.shape or array.dtype.kind not in kinds:
+            raise UserError(f"{name} is {_kind(array)}; expected {what}")
+        values[field.name] = array.item()
+    return StatisticsOrigin(**values)
+
+
+def _gaussian(archive: zipfile.ZipFile, mean: str, covariance: str, count: int | None) -> GaussianStatistics:
     arrays = _array(archive, mean), _array(archive, covariance)
     for name, array in zip((mean, covariance), arrays, strict=True):
         if array.dtype.kind != "f":
             raise UserError(f"{name} is {_kind(array)}; expected floating-point numbers")
     try:
-        return GaussianStatistics.from_moments(*arrays)
+        return GaussianStatistics.from_moments(*arrays, count)
     except UserError as error:
         raise UserError(f"{mean} and {covariance}: {error}") from None
 

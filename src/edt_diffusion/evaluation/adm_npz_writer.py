@@ -3,6 +3,7 @@
 import contextlib
 import os
 import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,18 +15,41 @@ from ..util.files import atomic_path
 from .statistics import GaussianStatistics
 
 
-def write_statistics_npz(
-    path: str | os.PathLike[str], statistics: GaussianStatistics, spatial: GaussianStatistics | None = None
-) -> None:
-    """Write `mu` and `sigma` (and `mu_s`, `sigma_s`), float64, in one step.
+@dataclass(frozen=True)
+class StatisticsOrigin:
+    """What statistics were taken with, and of what.
 
-    The layout has no place for the number of pictures.
+    In a file each stands under its name here after `edt_`. ADM's evaluator reads by name and passes them over.
+
+    Attributes:
+        extractor: its name.
+        extractor_sha256: digest of its weights.
+        preprocessing: what it does to pixels first, in one line.
+        count: number of pictures, at least 2.
+        pictures_sha256: digest of their pixels and labels.
     """
+
+    extractor: str
+    extractor_sha256: str
+    preprocessing: str
+    count: int
+    pictures_sha256: str
+
+
+def write_statistics_npz(
+    path: str | os.PathLike[str],
+    statistics: GaussianStatistics,
+    spatial: GaussianStatistics | None = None,
+    origin: StatisticsOrigin | None = None,
+) -> None:
+    """Write `mu` and `sigma` (and `mu_s`, `sigma_s`), float64, in one step, with what is known of their origin."""
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "x") as archive:
         for suffix, gaussian in (("", statistics), ("_s", spatial)):
             if gaussian is not None:
                 _write_array(archive, f"mu{suffix}", gaussian.mean)
                 _write_array(archive, f"sigma{suffix}", gaussian.covariance)
+        for name, value in ({} if origin is None else asdict(origin)).items():
+            _write_array(archive, f"edt_{name}", np.array(value))
 
 
 def write_samples_npz(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | None = None) -> None:
@@ -106,4 +130,4 @@ class SampleNpzWriter:
 
 def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
-        npy.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+        npy.write_array(file, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)

@@ -34,6 +34,7 @@ __all__ = [
     "LinearProbe",
     "LogitsClassifier",
     "Share",
+    "check_judge",
     "class_fidelity",
     "classifier_for",
     "confusion_picture",
@@ -46,7 +47,7 @@ __all__ = [
 HELD_OUT = 0.2
 KINDS = {"auto": "", "conv": "conv", "linear": "linear", "logits": "logits"}  # "auto" depends on the extractor
 _NEEDS_EXTRACTOR = ("linear", "logits")
-_FORMAT = 1  # of the digests: a change of what they cover, or of how a kind learns, makes old judges unknown
+_FORMAT = 2  # of the digests: a change of what they cover, or of how a kind learns, makes old judges unknown
 
 
 def train_classifier(
@@ -96,32 +97,48 @@ def classifier_for(
     progress: Progress | None = None,
     *,
     flip: bool = False,
+    digests: tuple[str, str | None] | None = None,
 ) -> Classifier:
     """Like `train_classifier`, but trains once: judges are kept in `$EDT_CACHE/judges/<digest>`.
 
     The digest is of everything that decides the outcome: the decoded pixels, labels and class names of both sets, the
     kind and its settings, the extractor, and the seed. Of two processes that train the same one, either's is kept.
+
+    Args:
+        kind, dataset, held_out, extractor, seed, progress, flip: as there.
+        digests: `pictures_digest` of both sets, where they are known already.
     """
     kind = _resolved(kind, extractor)
-    training, held_out = _parts(dataset, held_out, seed)
+    training, unseen = _parts(dataset, held_out, seed)
+    if digests is None:
+        other = None if held_out is None else pictures_digest(held_out, progress)
+        digests = pictures_digest(dataset, progress), other
     settings: dict[str, Any] = {"conv": conv.settings(flip), "linear": linear.settings(), "logits": {}}[kind]
     key = {
         "format": _FORMAT,
         "kind": kind,
         "settings": settings,
         "seed": seed,
-        "training": pictures_digest(training, progress),
-        "held_out": pictures_digest(held_out, progress),
+        "training": digests[0],
+        "held_out": digests[1] or HELD_OUT,
         "extractor": extractor.identity() if extractor is not None and kind in _NEEDS_EXTRACTOR else None,
     }
     folder = cache_folder() / "judges" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     with contextlib.suppress(UserError):  # absent or damaged: it is made anew
         return load_classifier(folder, extractor)
     make_folder(folder.parent)
-    judge = _train(kind, training, held_out, extractor, seed, progress, flip)
+    judge = _train(kind, training, unseen, extractor, seed, progress, flip)
     with contextlib.suppress(FileExistsError):  # another process was faster
         judge.save(folder, replace=folder.exists() and not _readable(folder, extractor))
     return judge
+
+
+def check_judge(
+    kind: str, dataset: ImageDataset, held_out: ImageDataset | None = None, extractor: Extractor | None = None
+) -> None:
+    """Raise the mistakes that `train_classifier` would find before it reads any picture."""
+    _resolved(kind, extractor)
+    _parts(dataset, held_out, 0)
 
 
 def load_classifier(path: str | os.PathLike[str], extractor: Extractor | None = None) -> Classifier:

@@ -17,6 +17,7 @@ _MUST = {
     "samples.count": "number of samples",
     "samples.size": "size of the samples",
     "samples.preparation": "preparation of the samples",
+    "samples.statistics": "origin of the samples' statistics",
     "settings": "settings of the metrics",
 }
 
@@ -32,6 +33,21 @@ _SHOULD = {
     "environment.packages.edt-diffusion": "edt-diffusion",
 }
 
+# What must be equal for what judging says of the samples, by the field of `Result` that holds it.
+_JUDGED = {
+    "judge": {"judged_by.classifier.sha256": "classifier"},
+    "memorisation": {
+        "judged_by.training.sha256": "training pictures",
+        "judged_by.training.mirrored": "mirroring of the training pictures",
+        "judged_by.space": "space of the distances",
+        "judged_by.baseline": "baseline",
+        "judged_by.held_out.sha256": "held-out pictures",
+    },
+}
+
+# How the columns of these fields are called.
+JUDGED_COLUMNS = {"judge": "class fidelity", "memorisation": "novelty"}
+
 _ABSENT = object()
 
 
@@ -45,16 +61,38 @@ def cautions(one: Result, other: Result) -> list[str]:
     return _differences(one.manifest, other.manifest, _SHOULD if _chosen(one, other) else _LABELS | _SHOULD)
 
 
+def otherwise_judged(one: Result, other: Result) -> dict[str, list[str]]:
+    """Why the class fidelity ("judge") or the novelty ("memorisation") of two results say nothing about each other.
+
+    A field that one of them lacks, or that may be compared, is not in it. What is not known of a side does not count
+    as equal, but for held-out pictures where there are none.
+    """
+    out = {}
+    for name, paths in _JUDGED.items():
+        if getattr(one, name) is None or getattr(other, name) is None:
+            continue
+        must = next(iter(paths))
+        reasons = _differences(one.manifest, other.manifest, paths)
+        if not reasons and _at(one.manifest, must) is _ABSENT:
+            reasons = _told(paths[must], _ABSENT, _ABSENT)
+        if reasons:
+            out[name] = reasons
+    return out
+
+
 def _chosen(one: Result, other: Result) -> bool:
     """Whether the classes of both were chosen here; those of pictures from elsewhere are as they are."""
     return all(_at(result.manifest, "samples.labels") != AS_FOUND for result in (one, other))
 
 
 def comparable_groups(results: Sequence[Result]) -> list[list[int]]:
-    """Cut results into groups whose members may be compared with one another, in their order."""
+    """Cut results into groups, each member of which may be compared with every other, in their order.
+
+    A result that may be compared with members of several groups is put into the first that it fits whole.
+    """
     groups: list[list[int]] = []
     for index, result in enumerate(results):
-        home = next((group for group in groups if not incomparable(results[group[0]], result)), None)
+        home = next((group for group in groups if not any(incomparable(results[of], result) for of in group)), None)
         if home is None:
             groups.append([index])
         else:

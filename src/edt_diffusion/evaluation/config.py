@@ -8,7 +8,7 @@ from ..pipelines import SCHEDULERS
 from ..util.errors import UserError
 from ..util.lookup import lookup
 from .labels import POLICIES
-from .metrics import METRICS
+from .measure import choose_metrics
 
 
 class EvaluationConfig(BaseModel):
@@ -44,9 +44,7 @@ class EvaluationConfig(BaseModel):
     @field_validator("metrics")
     @classmethod
     def _known_metrics(cls, names: list[str] | None) -> list[str] | None:
-        for name in names or []:
-            lookup(METRICS, name, "metric")
-        return names or None
+        return choose_metrics(",".join(names)) if names else None
 
     @field_validator("scheduler")
     @classmethod

@@ -14,12 +14,14 @@ def digest_of(facts: Any) -> str:
 
 
 def picture_digests(pictures: np.ndarray, labels: np.ndarray | None) -> bytes:
-    """A digest of 32 bytes for each picture, joined: of shape, pixels and label.
+    """A digest of 32 bytes for each picture, joined: of shape, pixels and label, as extractors see them.
 
     Args:
-        pictures: uint8 (N, H, W, C).
+        pictures: uint8 (N, H, W, C); gray ones have the digest of three equal channels.
         labels: int64 (N,), or None.
     """
+    if pictures.shape[-1] == 1:
+        pictures = pictures.repeat(3, axis=-1)
     out = []
     for row, picture in enumerate(pictures):
         digest = hashlib.sha256(repr(picture.shape).encode())

@@ -13,6 +13,7 @@ from .wilson import wilson_interval
 
 _TOP = 5
 _ANNOTATED = 30
+_LARGEST = 20
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,30 @@ class ClassFidelity:
         assert self.overall.share is not None
         return self.overall.share
 
+    @property
+    def is_large(self) -> bool:
+        """Whether there are too many classes for the matrix to be written or read number by number."""
+        return len(self.per_class) > _ANNOTATED
+
+    def largest_confusions(self) -> list[dict[str, Any]]:
+        """The most frequent ones: class `asked_for`, class `recognised_as`, and `count`; at most 20, none of 0."""
+        names, mistaken = list(self.per_class), self.confusion.copy()
+        np.fill_diagonal(mistaken, 0)
+        order = np.argsort(-mistaken, axis=None, kind="stable")[:_LARGEST]
+        pairs = zip(*np.unravel_index(order, mistaken.shape), strict=True)
+        return [
+            {"asked_for": names[row], "recognised_as": names[column], "count": int(mistaken[row, column])}
+            for row, column in pairs
+            if mistaken[row, column]
+        ]
+
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
-        return {**dataclasses.asdict(self), "confusion": self.confusion.tolist()}
+        """The same as JSON holds it: of more than 30 classes the largest confusions in place of the matrix."""
+        tree = dataclasses.asdict(self)
+        confusion = tree.pop("confusion")
+        if self.is_large:
+            return {**tree, "largest_confusions": self.largest_confusions()}
+        return {**tree, "confusion": confusion.tolist()}
 
 
 def class_fidelity(
@@ -131,7 +153,7 @@ def confusion_picture(fidelity: ClassFidelity) -> Image.Image:
         raise UserError("drawing needs matplotlib: run pip install 'edt-diffusion[train]'") from None
     names, confusion = list(fidelity.per_class), fidelity.confusion
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    annotated = len(names) <= _ANNOTATED
+    annotated = not fidelity.is_large
     side = 2.4 + (0.42 * len(names) if annotated else 6.0)
     figure = Figure(figsize=(side + 0.6, side), layout="constrained")
     canvas = FigureCanvasAgg(figure)

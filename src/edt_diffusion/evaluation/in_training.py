@@ -7,26 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..util import rng
 from ..util.errors import UserError
 from ..util.files import make_folder
 from .digests import combined_digest, picture_digests
 from .extractors.base import Extractor, Features
 from .feature_set import FeatureSet
 from .generate import Samples
-from .measure import measure
+from .labels import FIXED_SHARES
+from .measure import measure, possible_metrics
 from .metrics import MetricSettings
 from .pixels import colour_tensor
 from .reference import Known
 from .result import PROTOCOL, Result, environment
 from .statistics import GaussianStatistics
-
-# No metric's least number of pictures is larger.
-_STAND_IN_ROWS = 64
 
 
 class MetricsDuringTraining:
@@ -65,12 +61,11 @@ class MetricsDuringTraining:
 
         It is told before the training, not at its first evaluation.
         """
-        found = _arrays(self.extractor(torch.zeros(2, 3, *self.facts["size"], dtype=torch.uint8)))
-        generated, real = _stand_in(found, len(self.samples)), _stand_in_for(self.reference.features)
+        size, count = (int(self.facts["size"][0]), int(self.facts["size"][1])), len(self.samples)
         try:
-            measure(generated, real, self.extractor, self.metrics, self.settings.model_copy(update={"replicates": 20}))
+            possible_metrics(self.extractor, size, self.reference.features, self.metrics, count, self.settings)
         except UserError as error:
-            raise UserError(f"evaluation.samples={len(self.samples)} cannot be measured: {error}") from None
+            raise UserError(f"evaluation.samples={count} cannot be measured: {error}") from None
 
     def __call__(self, step: int) -> dict[str, float]:
         begun = time.perf_counter()
@@ -79,8 +74,10 @@ class MetricsDuringTraining:
         if not self.accelerator.is_main_process:
             return {}
         parts = [gathered[number] for number in sorted(gathered)]
-        features = _joined([part["arrays"] for part in parts], self.samples.labels)
+        joined = _joined([part["arrays"] for part in parts], self.samples.labels)
+        features = replace(joined, stratified=self.facts["labels"] in FIXED_SHARES)
         numbers, warnings = measure(features, self.reference.features, self.extractor, self.metrics, self.settings)
+        warnings += self.reference.notes
         manifest = {
             "protocol": PROTOCOL,
             "samples": {**self.facts, "sha256": combined_digest(part["digest"] for part in parts)},
@@ -127,25 +124,6 @@ class MetricsDuringTraining:
 def _arrays(found: Features) -> dict[str, np.ndarray]:
     arrays = {"pooled": found.pooled, "logits": found.logits, "spatial": found.spatial}
     return {name: values.numpy() for name, values in arrays.items() if values is not None}
-
-
-def _stand_in(like: dict[str, np.ndarray], count: int) -> FeatureSet:
-    """Random features in place of those of `count` pictures; few of them, for what can be had is all that is asked."""
-    count = min(count, _STAND_IN_ROWS)
-    arrays = {
-        name: rng.stream(0, rng.Purpose.SUBSET, position=count).random((count, min(values.shape[1], 4)))
-        for name, values in like.items()
-    }
-    return _joined([arrays], None)
-
-
-def _stand_in_for(reference: FeatureSet) -> FeatureSet:
-    """As `_stand_in`, with what `reference` has and lacks."""
-    arrays = {"pooled": reference.statistics.mean[None], "logits": reference.logits}
-    arrays["spatial"] = None if reference.spatial is None else reference.spatial.mean[None]
-    count = _STAND_IN_ROWS if reference.count is None else reference.count
-    made = _stand_in({name: values for name, values in arrays.items() if values is not None}, count)
-    return made if reference.pooled is not None else replace(made, pooled=None)
 
 
 def _joined(parts: list[dict[str, np.ndarray]], labels: np.ndarray | None) -> FeatureSet:

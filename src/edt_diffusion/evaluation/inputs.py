@@ -1,5 +1,6 @@
 """What can be evaluated or evaluated against: pictures behind a path, or a file of statistics."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from ..data.shard_files import is_store
 from ..data.sources import Source, StreamedSource, find_source
 from ..util.errors import UserError
 from ..util.files import sha256_file
-from .adm_npz import read_npz
+from .adm_npz import StatisticsOrigin, read_npz
 from .feature_set import FeatureSet
 
 # Rows of a part: pictures that are decoded and looked at together.
@@ -55,6 +56,7 @@ class Input:
         statistics: mean and covariance from a file, or None.
         facts: for the manifest.
         key: changes when the pictures may have changed; it is cheap to have, and names no content.
+        origin: what the statistics were taken with, where their file says so.
     """
 
     description: str
@@ -62,6 +64,7 @@ class Input:
     statistics: FeatureSet | None
     facts: dict[str, Any] = field(default_factory=dict)
     key: list[Any] = field(default_factory=list)
+    origin: StatisticsOrigin | None = None
 
 
 @dataclass
@@ -120,9 +123,38 @@ def open_input(
     if limit is not None and len(dataset) < limit:
         raise UserError(f"{path} holds {len(dataset)} pictures, and {limit} are asked for: ask for at most as many")
     preparation = "none" if native else f"{crop} to {size[0]}x{size[1]}"
-    # With the place: another folder's files may be alike in name, size and time.
-    key = [os.path.realpath(path), fingerprint(os.fspath(path), found), preparation, limit, image_column, split]
+    key = pictures_key(
+        os.fspath(path), found, dataset, preparation,
+        split=split, label_column=label_column, image_column=image_column, limit=limit,
+    )  # fmt: skip
     return dataset_input(dataset, str(path), preparation, key)
+
+
+def pictures_key(
+    path: str,
+    found: Source | StreamedSource,
+    dataset: ImageDataset,
+    preparation: str,
+    *,
+    split: str | None,
+    label_column: str | None,
+    image_column: str,
+    limit: int | None,
+) -> list[Any]:
+    """`Input.key` of a dataset, or of a part of one.
+
+    Args:
+        path: that was opened.
+        found: what `find_source` finds there.
+        dataset: the pictures.
+        preparation: what was done to them.
+        split, label_column, image_column, limit: as they were opened.
+    """
+    # Splits and columns of one file, and other folders' files, may be alike in number, name, size and time; and which
+    # pictures are held out is not told by any setting.
+    rows = hashlib.sha256(dataset._rows.astype("<i8").tobytes()).hexdigest()
+    where = [os.path.realpath(path), fingerprint(path, found), split, label_column, image_column]
+    return [*where, preparation, limit, rows]
 
 
 def dataset_input(dataset: ImageDataset, path: str, preparation: str, key: list[Any]) -> Input:
@@ -188,7 +220,7 @@ def _open_npz(path: Path, size: tuple[int, int] | None, limit: int | None) -> In
     key = [os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     if pictures is None:
         facts |= {"kind": "statistics", "sha256": sha256_file(path)}
-    return Input(str(path), pictures, statistics, facts, key)
+    return Input(str(path), pictures, statistics, facts, key, found.origin)
 
 
 def each_part(count: int, size: int = PART) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Class fidelity and memorisation of one set of pictures after another."""
+"""Class fidelity and memorisation of one set of pictures after another, in one process."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,14 @@ import numpy as np
 
 from ..data import ImageDataset
 from ..util.errors import UserError
+from ..util.files import atomic_path
 from ..util.pictures import save_png
 from ..util.progress import CountProgress
-from .classifier import KINDS, Classifier, classifier_for, load_classifier
+from .classifier import KINDS, Classifier, check_judge, classifier_for, load_classifier, pictures_digest
 from .extractors.base import Extractor
-from .fidelity import class_fidelity, confusion_picture
-from .memorisation import memorisation, pairs_picture
+from .fidelity import ClassFidelity, class_fidelity, confusion_picture
+from .memorisation import CopySearch
+from .pairs import pairs_picture
 from .pixels import PictureSource, as_source
 from .result import Result
 
@@ -51,6 +53,10 @@ class Judging:
         quiet: no progress.
         labelled: whether the samples have classes; without them there is no class fidelity.
 
+    Attributes:
+        identity: what the answers depend on, as JSON holds it: the classifier, the training and held-out pictures, and
+            what distances are measured in.
+
     Raises:
         UserError: the classes of samples and training pictures differ, or as `train_classifier`.
     """
@@ -66,37 +72,52 @@ class Judging:
         quiet: bool = True,
         labelled: bool = True,
     ) -> None:
-        self.settings, self.training, self.held_out, self.mirrored = settings, training, held_out, mirrored
-        self.quiet = quiet
+        self.settings, self.training, self.quiet = settings, training, quiet
         # Pixels say no more of a class than the network that is trained on them.
         judged_by = None if extractor.name == "pixels" else extractor
         # The pixels of large pictures say little of what is on them.
-        self._looking = judged_by if min(training.size) > _SMALL_SIDE else None
+        looking = judged_by if min(training.size) > _SMALL_SIDE else None
         self.classifier: Classifier | None = None
         self._rows: np.ndarray | None = None
         self._lack = None if labelled else "the samples have no classes"
         if labelled and training.class_names is None:
             self._lack = f"the pictures of {training.source} have no classes"
         if self._lack is None:
+            names = training.class_names
             if settings.kind in KINDS:
-                with CountProgress("judge", "pictures", quiet) as told:
-                    self.classifier = classifier_for(
-                        settings.kind, training, held_out, judged_by, settings.seed, told, flip=mirrored
-                    )
+                check_judge(settings.kind, training, held_out, judged_by)
             else:
                 self.classifier = load_classifier(settings.kind, judged_by)
-            self._rows = _numbering(class_names, self.classifier.class_names)
+                names = self.classifier.class_names
+            assert names is not None
+            self._rows = _numbering(class_names, names)
+        self._copies = CopySearch(training, held_out, looking, mirrored)
+        with CountProgress("training pictures", "pictures", quiet) as told:
+            ours = pictures_digest(training, told)
+            theirs = None if held_out is None else pictures_digest(held_out, told)
+        if self._lack is None and self.classifier is None:
+            with CountProgress("judge", "pictures", quiet) as told:
+                self.classifier = classifier_for(
+                    settings.kind, training, held_out, judged_by, settings.seed, told,
+                    flip=mirrored, digests=(ours, theirs),
+                )  # fmt: skip
         self.identity: dict[str, Any] = {
             "classifier": None if self.classifier is None else self.classifier.identity(),
-            "training": {"pictures": len(training), "mirrored": mirrored},
-            "held_out": None if held_out is None else len(held_out),
+            "training": {"pictures": len(training), "sha256": ours, "mirrored": mirrored},
+            "held_out": None if held_out is None else {"pictures": len(held_out), "sha256": theirs},
+            "baseline": self._copies.baseline,
+            "space": self._copies.space,
             "closest": settings.closest,
+            "level": settings.level,
         }
 
     def __call__(
         self, result: Result, pictures: np.ndarray | PictureSource, labels: np.ndarray | None, path: Path
     ) -> None:
-        """Add what there is to say of `pictures` to their result, and draw `path`-confusion.png and -closest.png."""
+        """Add what there is to say of `pictures` to their result, and draw `path`-confusion.png and -closest.png.
+
+        The confusions of more than 30 classes are in `path`-confusion.npy, int64 (asked for, recognised as).
+        """
         rows = None
         if self._lack is not None:
             result.warnings.append(f"no class fidelity: {self._lack}")
@@ -105,20 +126,28 @@ class Judging:
             probabilities = self.classifier.predict_source(as_source(pictures))
             found = class_fidelity(probabilities, rows, self.classifier.class_names, self.settings.level)
             save_png(confusion_picture(found), path.with_name(f"{path.name}-confusion.png"))
+            beside = _matrix_file(found, path.with_name(f"{path.name}-confusion.npy"))
             result.judge = {
                 "class_fidelity": found.accuracy,
                 "interval": list(found.overall.interval),
                 "held_out_accuracy": self.classifier.facts.get("held_out_accuracy"),
                 **found.as_dict(),
+                **beside,
             }
         with CountProgress("looking for copies", "pictures", self.quiet) as told:
-            report = memorisation(
-                pictures, self.training, self.held_out, self._looking, self.mirrored, self.settings.closest,
-                progress=told,
-            )  # fmt: skip
+            report = self._copies.compare(pictures, self.settings.closest, progress=told)
         sheet = pairs_picture(report, pictures, self.training, self.training.class_names, rows, self.training.labels)
         save_png(sheet, path.with_name(f"{path.name}-closest.png"))
         result.memorisation = report.as_dict()
+
+
+def _matrix_file(found: ClassFidelity, path: Path) -> dict[str, Any]:
+    """Write a matrix that is too large for a result; what the result says of it."""
+    if not found.is_large:
+        return {}
+    with atomic_path(path) as temporary, open(temporary, "xb") as file:
+        np.save(file, found.confusion)
+    return {"confusion_file": path.name}
 
 
 def _numbering(samples: list[str] | None, judge: list[str]) -> np.ndarray | None:

@@ -8,6 +8,8 @@ from ..util import rng
 from ..util.errors import UserError
 
 LabelPolicy = Literal["auto", "balanced", "random", "reference"]
+# The policies whose shares of the classes are no matter of chance.
+FIXED_SHARES = ("balanced", "reference")
 POLICIES: tuple[str, ...] = get_args(LabelPolicy)
 
 

@@ -6,21 +6,19 @@ Every generated picture is compared with its nearest training picture. Distances
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ..util import rng
 from ..util.errors import UserError
-from ..util.pictures import grid
 from .extractors.base import Extractor
 from .neighbours import nearest_in_parts, nearest_neighbours
 from .pixels import PictureSource, Progress, area_reduced, as_source, colour_tensor
 
-__all__ = ["Memorisation", "Pair", "memorisation", "nearest_neighbours", "pairs_picture"]
+__all__ = ["CopySearch", "Memorisation", "Pair", "memorisation", "nearest_neighbours"]
 
 SIDE = 32
 NEAR_COPY = 2 / 255
@@ -103,117 +101,125 @@ def memorisation(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Memorisation:
-    """Compare generated pictures with the training pictures.
+    """Compare one set of generated pictures with the training pictures; see `CopySearch` and its `compare`."""
+    return CopySearch(training, held_out, extractor, mirrored).compare(generated, closest, seed, progress)
+
+
+class CopySearch:
+    """The training pictures, in which copies are looked for; what distances need of them is computed once.
 
     Args:
-        generated: uint8 (N, H, W, C), or a source such as `ImageDataset` that is read block by block.
-        training: the pictures trained on, of the same size.
-        held_out: real pictures that were not trained on. Without them the baseline is drawn from the training
-            pictures themselves, as many as there are generated ones, each compared with all others.
+        training: uint8 (N, H, W, C), or a source such as `ImageDataset` that is read block by block.
+        held_out: real pictures that were not trained on, of the same size. Without them the baseline is drawn from the
+            training pictures themselves, as many as there are generated ones, each compared with all others.
         extractor: measure distances between its pooled features; None measures them between pixels.
         mirrored: training pictures were shown mirrored too: also compare with those.
-        closest: how many of the closest pairs to keep.
-        seed: of the draw of the baseline.
-        progress: told (pictures done, in all) of one set after the other.
-
-    Returns:
-        The report.
 
     Raises:
         UserError: an empty set, a single training picture, or pictures of different sizes.
     """
-    sets = {"generated": as_source(generated), "training": as_source(training)}
-    if held_out is not None:
-        sets["held-out"] = as_source(held_out)
-    shapes = _check(sets)
-    made, trained = sets["generated"], sets["training"]
-    space = _Space(extractor, shapes)
-    references = [space.vectors(trained, False, progress)]
-    if mirrored:
-        references.append(space.vectors(trained, True, progress))
 
-    found = _neighbours(space.vectors(made, False, progress), references, space, None)
-    copied = _copied(found, references, space)
-    if held_out is None:
-        count = min(len(made), len(trained))
-        rows = np.sort(rng.stream(seed, rng.Purpose.SUBSET).permutation(len(trained))[:count])
-        baseline = _neighbours(references[0][rows], references, space, rows)
-        baseline_copied = None
-    else:
-        baseline = _neighbours(space.vectors(sets["held-out"], False, progress), references, space, None)
-        baseline_copied = _copied(baseline, references, space)
+    def __init__(
+        self,
+        training: np.ndarray | PictureSource,
+        held_out: np.ndarray | PictureSource | None = None,
+        extractor: Extractor | None = None,
+        mirrored: bool = True,
+    ) -> None:
+        self.training = as_source(training)
+        self.held_out = None if held_out is None else as_source(held_out)
+        self.mirrored = mirrored
+        _check_count("training", self.training, 2)
+        self._shape = self.training.images([0]).shape[1:]
+        if self.held_out is not None:
+            self._check("held-out", self.held_out)
+        self._space = _Space(extractor, self._shape)
+        self._references: list[np.ndarray] = []
+        self._usual: tuple[_Found, float] | None = None
 
-    rms = _pixel_rms(made, trained, found)
-    order = np.argsort(found.distances, kind="stable")[:closest].tolist()
-    usual = float(np.median(baseline.distances))
-    return Memorisation(
-        space=space.description,
-        mirrored=mirrored,
-        generated=len(made),
-        training=len(trained),
-        baseline="leave-one-out" if held_out is None else "held-out",
-        baseline_count=len(baseline.distances),
-        ratio=float(np.median(found.distances)) / usual if usual > 0 else None,
-        copied=copied,
-        baseline_copied=baseline_copied,
-        exact_copies=int((rms == 0).sum()),
-        near_copies=int((rms < NEAR_COPY).sum()),
-        quantiles=_quantiles(found.distances),
-        baseline_quantiles=_quantiles(baseline.distances),
-        pairs=[
-            Pair(i, int(found.rows[i]), bool(found.mirrored[i]), float(found.distances[i]), float(rms[i]))
-            for i in order
-        ],
-    )
+    @property
+    def space(self) -> str:
+        """What distances are measured in, in one line."""
+        return self._space.description
+
+    @property
+    def baseline(self) -> str:
+        """As in the report."""
+        return "leave-one-out" if self.held_out is None else "held-out"
+
+    def compare(
+        self,
+        generated: np.ndarray | PictureSource,
+        closest: int = 10,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Memorisation:
+        """Compare generated pictures with the training pictures.
+
+        Args:
+            generated: as the training pictures, of the same size.
+            closest: how many of the closest pairs to keep.
+            seed: of the draw of the baseline.
+            progress: told (pictures done, in all) of one set after the other.
+
+        Raises:
+            UserError: an empty set, or pictures of another size.
+        """
+        made, space = as_source(generated), self._space
+        self._check("generated", made)
+        if not self._references:
+            flips = (False, True) if self.mirrored else (False,)
+            self._references = [space.vectors(self.training, flip, progress) for flip in flips]
+        found = _neighbours(space.vectors(made, False, progress), self._references, space, None)
+        copied = _copied(found, self._references, space)
+        baseline, baseline_copied = self._baseline(len(made), seed, progress)
+        rms = _pixel_rms(made, self.training, found)
+        order = np.argsort(found.distances, kind="stable")[:closest].tolist()
+        usual = float(np.median(baseline.distances))
+        return Memorisation(
+            space=space.description,
+            mirrored=self.mirrored,
+            generated=len(made),
+            training=len(self.training),
+            baseline=self.baseline,
+            baseline_count=len(baseline.distances),
+            ratio=float(np.median(found.distances)) / usual if usual > 0 else None,
+            copied=copied,
+            baseline_copied=baseline_copied,
+            exact_copies=int((rms == 0).sum()),
+            near_copies=int((rms < NEAR_COPY).sum()),
+            quantiles=_quantiles(found.distances),
+            baseline_quantiles=_quantiles(baseline.distances),
+            pairs=[
+                Pair(i, int(found.rows[i]), bool(found.mirrored[i]), float(found.distances[i]), float(rms[i]))
+                for i in order
+            ],
+        )
+
+    def _baseline(self, generated: int, seed: int, progress: Progress | None) -> "tuple[_Found, float | None]":
+        references, space = self._references, self._space
+        if self.held_out is None:
+            count = min(generated, len(self.training))
+            rows = np.sort(rng.stream(seed, rng.Purpose.SUBSET).permutation(len(self.training))[:count])
+            return _neighbours(references[0][rows], references, space, rows), None
+        if self._usual is None:
+            found = _neighbours(space.vectors(self.held_out, False, progress), references, space, None)
+            self._usual = found, _copied(found, references, space)
+        return self._usual
+
+    def _check(self, name: str, source: PictureSource) -> None:
+        _check_count(name, source, 1)
+        shape = source.images([0]).shape[1:]
+        if shape != self._shape:
+            raise UserError(
+                f"{name} pictures are of shape {shape}, training pictures of {self._shape} (height, width, channels): "
+                "open them at the same size"
+            )
 
 
-def pairs_picture(
-    report: Memorisation,
-    generated: np.ndarray | PictureSource,
-    training: np.ndarray | PictureSource,
-    class_names: Sequence[str] | None = None,
-    generated_labels: np.ndarray | None = None,
-    training_labels: np.ndarray | None = None,
-) -> Image.Image:
-    """Show the closest pairs: a row for each, generated on the left, the training picture on the right, a caption.
-
-    Args:
-        report: of the same pictures.
-        generated: as given to `memorisation`.
-        training: likewise.
-        class_names: in label order; with the labels they are written in the captions.
-        generated_labels: int (N,), the classes asked for.
-        training_labels: int (M,).
-
-    Returns:
-        An RGB picture; `util.pictures.save_png` writes it.
-    """
-    assert report.pairs, "no pairs were kept"
-    made, trained = as_source(generated), as_source(training)
-    images, captions = [], []
-    for pair in report.pairs:
-        left, right = made.images([pair.generated])[0], trained.images([pair.training])[0]
-        images += [left, right[:, ::-1] if pair.mirrored else right]
-        lines = [f"distance {pair.distance:.3g}, pixel RMS {255 * pair.rms:.1f}/255"]
-        for what, row, labels in (
-            ("generated", pair.generated, generated_labels),
-            ("training", pair.training, training_labels),
-        ):
-            name = "" if labels is None else f": {class_names[labels[row]] if class_names else labels[row]}"
-            lines.append(f"{what} {row}{name}" + (", mirrored" if pair.mirrored and what == "training" else ""))
-        captions.append("\n".join(line[:60] for line in lines))
-    rows = grid(np.stack(images), 2, min_side=64)
-    font, head = ImageFont.load_default(size=13), 24
-    height = (rows.height - 2) // len(captions)
-    margin = 16 + int(max(font.getlength(line) for caption in captions for line in caption.splitlines()))
-    sheet = Image.new("RGB", (rows.width + margin, head + rows.height), "white")
-    sheet.paste(rows, (0, head))
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("generated", "nearest")):
-        draw.text(((2 * column + 1) * rows.width // 4, head // 2), title, fill="black", font=font, anchor="mm")
-    for row, caption in enumerate(captions):
-        draw.text((rows.width + 8, head + row * height + height // 2), caption, fill="black", font=font, anchor="lm")
-    return sheet
+def _check_count(name: str, source: PictureSource, needed: int) -> None:
+    if len(source) < needed:
+        raise UserError(f"{len(source)} {name} pictures: expected at least {needed}")
 
 
 @dataclass(frozen=True)
@@ -266,22 +272,6 @@ def _room(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
         return np.empty(shape, dtype)
     with tempfile.TemporaryFile() as file:  # the map keeps it alive
         return np.memmap(file, dtype, "w+", shape=shape)
-
-
-def _check(sets: dict[str, PictureSource]) -> tuple[int, ...]:
-    """Size of all pictures, as (height, width, channels)."""
-    for name, source in sets.items():
-        needed = 2 if name == "training" else 1
-        if len(source) < needed:
-            raise UserError(f"{len(source)} {name} pictures: expected at least {needed}")
-    shapes = {name: source.images([0]).shape[1:] for name, source in sets.items()}
-    for name, shape in shapes.items():
-        if shape != shapes["training"]:
-            raise UserError(
-                f"{name} pictures are of shape {shape}, training pictures of {shapes['training']} (height, width, "
-                "channels): open them at the same size"
-            )
-    return shapes["training"]
 
 
 def _neighbours(queries: np.ndarray, references: list[np.ndarray], space: _Space, own: np.ndarray | None) -> _Found:

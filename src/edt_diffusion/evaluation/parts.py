@@ -43,7 +43,7 @@ class Gathered:
 
     Attributes:
         features: of all pictures in their order.
-        seconds: spent on making pictures, all processes together; 0 for pictures that were there.
+        seconds: that making a picture took, the median over full parts; 0 for pictures that were there.
         pictures_sha256: of the pixels and labels in their order.
         extras: what else was computed of each picture, by name; see `FeatureParts.gather`.
     """
@@ -151,7 +151,15 @@ class FeatureParts:
                 f"{self._whole} is damaged ({error}): remove that folder and run the command again"
             ) from None
         extras = {path.stem.removeprefix("extra_"): _mapped(path) for path in self._whole.glob("extra_*.npy")}
-        return Gathered(features, float(facts["seconds"]), facts["pictures_sha256"], extras)  # pyright: ignore[reportArgumentType]
+        return Gathered(features, float(facts["seconds_per_picture"]), facts["pictures_sha256"], extras)  # pyright: ignore[reportArgumentType]
+
+    def has(self, extra: str) -> bool:
+        """Whether all is done, and `extra` was computed with it."""
+        return self.is_whole() and (self._whole / f"extra_{extra}.npy").is_file()
+
+    def drop(self, extra: str) -> None:
+        """Remove what was computed beside the features."""
+        (self._whole / f"extra_{extra}.npy").unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder and all in it."""
@@ -241,12 +249,13 @@ class FeatureParts:
     def _merge(self) -> None:
         statistics: dict[str, GaussianStatistics] = {}
         whole: dict[str, np.ndarray] = {}
-        seconds, digests = 0.0, []
+        seconds, digests = [], []
         with atomic_directory(self._whole, replace=True) as folder:
             for part in range(self.number):
                 start, stop = self._rows(part)
                 arrays = self._read(part)
-                seconds += float(arrays["seconds"])
+                if stop - start == self.size or self.number == 1:  # a part that is not full was padded
+                    seconds.append(float(arrays["seconds"]) / (stop - start))
                 digests.append(arrays["digest"].tobytes())
                 for name in ("pooled", "spatial"):
                     if name in arrays:
@@ -267,7 +276,11 @@ class FeatureParts:
                     "spatial_scatter": statistics["spatial"].scatter,
                 }
             np.savez(folder / "statistics.npz", **moments)  # pyright: ignore[reportArgumentType]
-            facts = {"pictures": self.count, "seconds": seconds, "pictures_sha256": combined_digest(digests)}
+            facts = {
+                "pictures": self.count,
+                "seconds_per_picture": float(np.median(seconds)),
+                "pictures_sha256": combined_digest(digests),
+            }
             (folder / "facts.json").write_text(json.dumps(facts), "utf-8")
 
     def _read(self, part: int) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ another content. Removing the folder is always safe.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .feature_set import FeatureSet
 from .inputs import PART, Input, Pictures, each_part, making
 from .parts import FeatureParts
 
-_VERSION = 1  # raise it when the same pictures come to have other features
+_VERSION = 2  # raise it when the same pictures come to have other features
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,17 @@ class Known:
     Attributes:
         features: of all its pictures, or the statistics of a file.
         sha256: of the pixels and labels, or of the file of statistics.
-        facts: for the manifest.
+        facts: for the manifest: `count` of the pictures; of statistics from a file also `statistics_count`, the number
+            of pictures that they are of, None where the file does not say.
         pictures: None where only statistics are known.
+        notes: what a reader must be warned of, one line each.
     """
 
     features: FeatureSet
     sha256: str
     facts: dict[str, Any]
     pictures: Pictures | None
+    notes: tuple[str, ...] = ()
 
 
 def features_of(side: Input, extractor: Extractor, *, quiet: bool = True, rank: int = 0, world_size: int = 1) -> Known:
@@ -50,19 +53,12 @@ def features_of(side: Input, extractor: Extractor, *, quiet: bool = True, rank: 
     Raises:
         UserError: the statistics are of other features than the extractor's, or as `FeatureParts.gather`.
     """
-    use_file = side.statistics is not None and (extractor.name == "inception" or side.pictures is None)
-    if use_file:
-        assert side.statistics is not None
-        there = side.statistics.statistics.dimensions
-        if there != extractor.dimensions:
-            raise UserError(
-                f"{side.description} holds statistics of {there} features, and the extractor {extractor.name!r} gives "
-                f"{extractor.dimensions}: name the extractor that made them, by --extractor"
-            )
+    given = _fitting(side, extractor)
     content = None if side.pictures is None else content_of(side, quiet=quiet or rank > 0)
     if side.pictures is None or content is None:
-        assert side.statistics is not None
-        return Known(side.statistics, side.facts["sha256"], _with_count(side, None), None)
+        assert given is not None
+        facts = {**side.facts, "count": given.count, "statistics_count": given.count}
+        return Known(given, side.facts["sha256"], facts, None, _notes(side, extractor))
     folder = cache_folder() / "features" / digest_of([_VERSION, content, extractor.identity()])[:32]
     make_folder(folder)
     parts = FeatureParts(folder, len(side.pictures), PART, side.pictures.labels)
@@ -72,13 +68,51 @@ def features_of(side: Input, extractor: Extractor, *, quiet: bool = True, rank: 
         )
     gathered = gathered or parts.wait_for_whole()
     features = gathered.features
-    facts = {**_with_count(side, len(side.pictures)), "sha256": content}
-    if use_file:  # of the same pictures, by the program that others use
-        assert side.statistics is not None
-        given = side.statistics
-        features = FeatureSet(given.statistics, features.pooled, features.logits, given.spatial, features.labels)
-        facts["statistics"] = f"from the file, {_moments_digest(given)[:16]}"
+    facts = {**side.facts, "count": len(side.pictures), "sha256": content}
+    if given is not None:  # by the program that others use; perhaps of more pictures than these
+        features = replace(features, statistics=given.statistics, spatial=given.spatial)
+        facts |= {"statistics": f"from the file, {_moments_digest(given)[:16]}", "statistics_count": given.count}
     return Known(features, content, facts, side.pictures)
+
+
+def _fitting(side: Input, extractor: Extractor) -> FeatureSet | None:
+    """The statistics of the file if they are of the extractor's features; None if pictures are there instead.
+
+    Raises:
+        UserError: they are of another extractor, and there are no pictures.
+    """
+    given, origin = side.statistics, side.origin
+    if given is None:
+        return None
+    by = None if origin is None else (origin.extractor_sha256, origin.preprocessing)
+    if side.pictures is not None:  # statistics that do not say otherwise are of the evaluator whose layout this is
+        fits = extractor.name == "inception" if by is None else by == (extractor.sha256, extractor.preprocessing)
+        if not fits:
+            return None
+    elif origin is not None and by != (extractor.sha256, extractor.preprocessing):
+        ours = _extractor_text(extractor.name, extractor.sha256, extractor.preprocessing)
+        theirs = _extractor_text(origin.extractor, origin.extractor_sha256, origin.preprocessing)
+        raise UserError(
+            f"{side.description} holds statistics of the extractor {theirs}, and this one is {ours}: name the "
+            "extractor that made them, by --extractor"
+        )
+    there = given.statistics.dimensions
+    if there != extractor.dimensions:
+        raise UserError(
+            f"{side.description} holds statistics of {there} features, and the extractor {extractor.name!r} gives "
+            f"{extractor.dimensions}: name the extractor that made them, by --extractor"
+        )
+    return given
+
+
+def _extractor_text(name: str, sha256: str, preprocessing: str) -> str:
+    return f"{name!r} (sha256 {sha256[:12]}, preprocessing: {preprocessing})"
+
+
+def _notes(side: Input, extractor: Extractor) -> tuple[str, ...]:
+    if side.origin is not None or extractor.name == "inception":
+        return ()
+    return (f"{side.description} does not say which extractor its statistics are of: taken to be {extractor.name!r}",)
 
 
 def content_of(side: Input, quiet: bool = True) -> str:
@@ -114,10 +148,6 @@ def _moments_digest(features: FeatureSet) -> str:
 
 def _name(side: Input) -> str:
     return Path(str(side.facts["from"])).name or side.description
-
-
-def _with_count(side: Input, count: int | None) -> dict[str, Any]:
-    return {**side.facts, "count": count}
 
 
 def _telling(told: CountProgress) -> Callable[[int, int | None], None]:

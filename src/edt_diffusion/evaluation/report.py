@@ -3,7 +3,7 @@
 import csv
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ def columns(results: Sequence[Result]) -> dict[str, str]:
     return out
 
 
-def rows(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table of results; a number is followed by its interval in brackets."""
+def rows(results: Sequence[Result], without: Collection[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table of results; a number is followed by its interval in brackets.
+
+    Fields named in `without` ("judge", "memorisation") have no column.
+    """
     metrics = columns(results)
     heads = ["setting", *metrics.values()]
-    judged = any(result.judge for result in results)
-    copied = any(result.memorisation for result in results)
+    judged = "judge" not in without and any(result.judge for result in results)
+    copied = "memorisation" not in without and any(result.memorisation for result in results)
     compared = list(dict.fromkeys(found["to"] for result in results for found in (result.against or {}).values()))
     timed = any(result.seconds_per_image is not None for result in results)
     heads += ["class fidelity ↑"] * judged + ["novelty ↑"] * copied + [f"Δ to {to}" for to in compared]
@@ -63,13 +66,19 @@ def markdown(results: Sequence[Result]) -> str:
     facts.append(
         f"brackets: {100 * level:g} % intervals over the pictures' chance at this number, not over a metric's bias"
     )
+    differences = sum(len(result.against or {}) for result in results)
+    if differences > 1:
+        facts.append(
+            f"Δ: {differences} differences from the same seeds; of so many intervals, chance alone puts about "
+            f"{(1 - level) * differences:.2g} beside zero"
+        )
     warnings = list(dict.fromkeys(warning for result in results for warning in result.warnings))
     return "\n".join([*lines, "", "; ".join(facts) + ".", *(f"\nWarning: {warning}." for warning in warnings)]) + "\n"
 
 
-def text_table(results: Sequence[Result], names: Sequence[str] | None = None) -> str:
-    """The table in columns, for a terminal; `names` replace the labels."""
-    heads, table = rows(results)
+def text_table(results: Sequence[Result], names: Sequence[str] | None = None, without: Collection[str] = ()) -> str:
+    """The table in columns, for a terminal; `names` replace the labels; `without` as for `rows`."""
+    heads, table = rows(results, without)
     if names is not None:
         table = [[name, *cells[1:]] for name, cells in zip(names, table, strict=True)]
     widths = [max(len(line[column]) for line in [heads, *table]) for column in range(len(heads))]

@@ -111,7 +111,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
 
 def load_results(paths: Sequence[Path]) -> list[tuple[str, Result]]:
-    """Results of files, of folders and of the evaluations below run folders, with a name for each.
+    """Results of files, of folders, and of the evaluations below run folders and their `evaluation`, with their names.
 
     Raises:
         UserError: a file is no result, a folder holds none, or fewer than one is named.
@@ -121,7 +121,8 @@ def load_results(paths: Sequence[Path]) -> list[tuple[str, Result]]:
         if path.is_dir():
             # A run folder has JSON files of other kinds beside them.
             below = [*path.glob("evaluation/*.json"), *path.glob("evaluation/*/*.json")]
-            files = sorted(below or path.glob("*.json"))
+            inside = [file for shared in path.glob(f"*/{SHARED}") for file in shared.parent.glob("*.json")]
+            files = sorted(below or [*path.glob("*.json"), *inside])
             found = [(str(file), Result.load(file)) for file in files if file.name != SHARED]
             if not found:
                 raise UserError(f"{path} holds no results: expected a folder of edt evaluate")

@@ -7,19 +7,22 @@ without sampling anew.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ..util.errors import UserError
 from ..util.files import atomic_write_json, make_folder
 from ..util.progress import CountProgress
 from .digests import digest_of
 from .extractors.base import Extractor
+from .feature_set import FeatureSet
 from .generate import Samples
 from .judging import Judging
+from .labels import FIXED_SHARES
 from .measure import measure
 from .metrics import MetricSettings, paired_difference
 from .parts import FeatureParts, Gathered, MakePictures
@@ -30,6 +33,8 @@ from .result import PROTOCOL, SHARED, Result, environment
 from .settings import SamplingSetting
 
 PICTURES = "pictures"
+
+Keep = Literal["none", "features", "pictures"]
 
 # Sets of so many bytes of pixels are kept beside their features, larger ones only if somebody needs them.
 _SMALL_BYTES = 1 << 30
@@ -49,8 +54,9 @@ class Evaluation:
         settings: of the metrics.
         labels: int64 (count,), the classes of the samples, or None.
         judging: class fidelity and memorisation, or None.
-        keep_pictures: keep the samples beside their features. Small sets are kept anyway, so that they can be judged
-            later without being made anew.
+        needs_pictures: whether the samples themselves are needed, for judging or for a file.
+        keep: what stays when the sweep is done: "features", from which later metrics are computed, and small sets of
+            samples, which can be judged later; "pictures" of any size too; or "none".
         quiet: no progress.
         rank, world_size: of the processes that share the sampling.
     """
@@ -64,7 +70,8 @@ class Evaluation:
     settings: MetricSettings = field(default_factory=MetricSettings)
     labels: np.ndarray | None = None
     judging: Judging | None = None
-    keep_pictures: bool = False
+    needs_pictures: bool = False
+    keep: Keep = "features"
     quiet: bool = True
     rank: int = 0
     world_size: int = 1
@@ -120,7 +127,9 @@ class Evaluation:
         self.begin()
         results: list[Result] = []
         for number, samples in enumerate(plan):
-            result = self._known(samples)
+            result = None
+            if not (self.rank and self.needs_pictures):  # only the main process knows how it is judged
+                result = self.known(slug(samples.setting), sampling=samples.facts())
             if result is None:
                 label, name = samples.setting.label(), slug(samples.setting)
                 gathered = self.gather(
@@ -157,9 +166,8 @@ class Evaluation:
                 here, there = self.parts(samples), self.parts(plan[other])
                 if not (here.is_whole() and there.is_whole()):
                     continue  # their features have been removed
-                estimate = paired_difference(
-                    here.load().features, there.load().features, reference, "fid", self.settings
-                )
+                pair = self._told(here.load().features), self._told(there.load().features)
+                estimate = paired_difference(*pair, reference, "fid", self.settings)
                 found[axis] = {
                     "to": to, "label": partner.label(), "metric": "fid", "difference": estimate.value,
                     "low": estimate.low, "high": estimate.high, "error": estimate.error,
@@ -178,7 +186,7 @@ class Evaluation:
                 rank=self.rank,
                 world_size=self.world_size,
                 progress=lambda done, total: told(done, total),
-                extras={PICTURES: lambda pictures: pictures} if self._keeps() else {},
+                extras={PICTURES: lambda pictures: pictures} if self._with_pictures() else {},
             )
 
     def result(
@@ -199,16 +207,22 @@ class Evaluation:
             sampling: facts for the manifest; None for pictures that were there.
         """
         known = None if self.reference is None else self.reference.features
-        numbers, warnings = measure(gathered.features, known, self.extractor, self.metrics, self.settings)
+        features = self._told(gathered.features)
+        numbers, warnings = measure(features, known, self.extractor, self.metrics, self.settings)
+        warnings += [] if self.reference is None else self.reference.notes
         manifest = {**self.shared(), "sampling": sampling, "environment": environment(self.device)}
         manifest["judged_by"] = None if self.judging is None else self.judging.identity
         manifest["samples"] = {**self.samples, "sha256": gathered.pictures_sha256}
-        seconds = gathered.seconds / self.samples["count"] if sampling is not None else None
+        seconds = gathered.seconds if sampling is not None else None
         result = Result(label, numbers, manifest, seconds, warnings=warnings)
         if self.judging is not None:
             assert pictures is not None
             self.judging(result, pictures, self.labels, self.out / name)
         return result
+
+    def _told(self, features: FeatureSet) -> FeatureSet:
+        """Features that know whether their classes were chosen or drawn."""
+        return replace(features, stratified=self.samples["labels"] in FIXED_SHARES)
 
     def save(self, result: Result, name: str) -> None:
         """Write a result, adding what was measured of the same pictures before and is not in it."""
@@ -224,35 +238,79 @@ class Evaluation:
                     manifest["judged_by"] = earlier.manifest.get("judged_by")
         result.save(path)
 
-    def _keeps(self) -> bool:
-        size = int(self.samples["count"]) * int(np.prod(self.samples["size"])) * int(self.samples["channels"])
-        return self.model is not None and (self.keep_pictures or self.judging is not None or size <= _SMALL_BYTES)
+    def _with_pictures(self) -> bool:
+        return self.model is not None and (self.needs_pictures or self.keep == "pictures" or self._small())
+
+    def _small(self) -> bool:
+        return self.picture_bytes() <= _SMALL_BYTES
+
+    def picture_bytes(self) -> int:
+        """Size of one setting's samples."""
+        return int(self.samples["count"]) * int(np.prod(self.samples["size"])) * int(self.samples["channels"])
+
+    def disk_bytes(self, settings: int) -> int:
+        """About what the features of so many settings, and the samples that are kept with them, take on the disk."""
+        features = 4 * int(self.samples["count"]) * self.extractor.dimensions
+        return settings * (features + (self.picture_bytes() if self._with_pictures() else 0))
+
+    def tidy(self, plan: Sequence[Samples]) -> None:
+        """Remove what is not to be kept; see `keep`."""
+        if self.rank or self.keep == "pictures":
+            return
+        for place in [place for samples in plan for place in self._places(samples)]:
+            if self.keep == "none":
+                place.remove()
+            elif not self._small():
+                place.drop(PICTURES)
 
     def all_results(self) -> list[Result]:
         """Every result in the folder, by name."""
         paths = sorted(path for path in self.out.glob("*.json") if path.name != SHARED)
         return [Result.load(path) for path in paths]
 
-    def _known(self, samples: Samples) -> Result | None:
-        """The result of these samples that is there, if it has all that is asked for."""
-        path = self.out / f"{slug(samples.setting)}.json"
+    def known(
+        self, name: str, pictures_sha256: str | None = None, sampling: dict[str, Any] | None = None
+    ) -> Result | None:
+        """The result of that name that is there, if it has all that is asked for.
+
+        Args:
+            name: of its file, without an extension.
+            pictures_sha256: what it must be of, where pictures were there.
+            sampling: how its samples must have been made, where they were sampled.
+        """
+        path = self.out / f"{name}.json"
         if not path.is_file():
             return None
         result = Result.load(path)
         whole = set(self.metrics or ()) <= set(result.metrics)
         judged = self.judging is None or result.manifest.get("judged_by") == self.judging.identity
-        same = result.manifest["sampling"] == samples.facts() and judged
-        return result if whole and same else None
+        same = result.manifest["sampling"] == sampling
+        if pictures_sha256 is not None:
+            same = same and result.manifest["samples"].get("sha256") == pictures_sha256
+        return result if whole and same and judged else None
 
     def parts(self, samples: Samples) -> FeatureParts:
         """Where the features of a setting are gathered."""
+        plain, full = self._places(samples)
+        if self._small() or (plain.has(PICTURES) and not full.is_whole()):
+            return plain
+        return full if self._with_pictures() or full.is_whole() else plain
+
+    def _places(self, samples: Samples) -> tuple[FeatureParts, FeatureParts]:
+        """Where features lie alone (or with a small set of samples), and where with a large one."""
         packages = environment("cpu")["packages"]
+        shared = {
+            name: _content(facts) for name, facts in self.shared().items() if name not in ("reference", "settings")
+        }
         key = [
-            {**self.shared(), "reference": None, "settings": None}, samples.facts(), samples.batch, self._keeps(),
+            shared, samples.facts(), samples.batch, torch.device(self.device).type,
+            torch.get_float32_matmul_precision(),
             [packages[name] for name in ("edt-diffusion", "torch", "diffusers")],
         ]  # fmt: skip
-        folder = self.out / "features" / digest_of(key)[:16]
-        return FeatureParts(folder, int(self.samples["count"]), samples.batch, self.labels)
+        name, count = digest_of(key)[:16], int(self.samples["count"])
+        plain = FeatureParts(self.out / "features" / name, count, samples.batch, self.labels)
+        full = FeatureParts(self.out / "features" / f"{name}-{PICTURES}", count, samples.batch, self.labels)
+        return plain, full
 
 
 def partners(setting: SamplingSetting, plan: Sequence[SamplingSetting]) -> dict[str, SamplingSetting]:

@@ -22,6 +22,7 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 _TIMEOUT = 20.0  # seconds without an answer
 _PIECE = 1 << 20  # bytes
+_BATCHES = ".num_batches_tracked"
 _OTHERS = "or use another extractor: dinov2, pixels, torchscript=FILE"
 
 
@@ -39,7 +40,8 @@ def load_inception(
         source: the file.
 
     Returns:
-        The state dict in float32, and the file's SHA-256.
+        The state dict in float32, and the file's SHA-256. Counts of batches, which older files lack and evaluation does
+        not use, are 0 where they are absent.
 
     Raises:
         UserError: there is no such file, it cannot be fetched, or it is another one.
@@ -54,6 +56,8 @@ def load_inception(
         raise UserError(f"'{path}' cannot be read as a state dict ({_reason(error)}); fetch {FILE} anew") from None
     if not isinstance(weights, Mapping):
         raise UserError(f"'{path}' holds no state dict but a {type(weights).__name__}; fetch {FILE} anew")
+    counts = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(_BATCHES)}
+    weights = {**counts, **weights}
     for name, tensor in expected.items():
         given = weights.get(name)
         if given is None or given.shape != tensor.shape:

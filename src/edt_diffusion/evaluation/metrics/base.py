@@ -82,9 +82,8 @@ class Measurement:
 class Metric(ABC):
     """One metric.
 
-    Intervals speak of the chance in the *generated* pictures at their number, with the reference held fixed (recall
-    and coverage: of the chance in the reference pictures looked at). They do not speak of a metric's bias at that
-    number.
+    Intervals speak of the chance in the *generated* pictures at their number, with the reference held fixed: sets are
+    compared with one reference, whose chance is common to them. They do not speak of a metric's bias at that number.
 
     Attributes:
         name: as users and files name it.
@@ -94,6 +93,7 @@ class Metric(ABC):
         needs: what has to be known of the two sets.
         lower_is_better: which way is up.
         bounds: the values it can take.
+        fewest_generated, fewest_reference: pictures of either side below which it does not exist.
     """
 
     name: str
@@ -103,6 +103,8 @@ class Metric(ABC):
     needs: frozenset[Need]
     lower_is_better: bool = True
     bounds: tuple[float, float] = (0.0, float("inf"))
+    fewest_generated: int = 2
+    fewest_reference: int = 2
 
     @abstractmethod
     def measure(self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> Measurement:
@@ -117,59 +119,94 @@ class Metric(ABC):
         """What a table calls it with features of `extractor`: a Fréchet distance is an FID only with Inception's."""
         return self.label if self.label_extractor in (None, extractor) else self.other_label
 
-    def missing(self, generated: FeatureSet, reference: FeatureSet | None) -> str | None:
+    def missing(
+        self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings | None = None
+    ) -> str | None:
         """What the two sets lack for this metric, and the remedy, in one line; None if nothing."""
-        if self.needs_reference and reference is None:
-            return f"{self.name} compares with a reference and none was given: name real pictures or their statistics"
+        if lack := self.extractor_lacks(generated):
+            return lack
         if self.needs & {"pooled"} and generated.pooled is None:
             return (
                 f"{self.name} needs the generated pictures, and there are only statistics of them: "
                 "name a folder or file of pictures"
+            )
+        if self.needs_reference and reference is None:
+            return (
+                f"{self.name} compares with a reference and none was given: name real pictures or their statistics by "
+                "--reference"
             )
         if "reference_pooled" in self.needs and reference is not None and reference.pooled is None:
             return (
                 f"the reference is a file of statistics without features: {self.name} needs pictures; "
                 "name a folder or file of real pictures"
             )
+        if "spatial" in self.needs and reference is not None and reference.spatial is None:
+            return self._no_positions("reference")
+        return self.too_few(generated, reference, settings or MetricSettings())
+
+    def extractor_lacks(self, generated: FeatureSet) -> str | None:
+        """What of `missing` is the extractor's: class scores or positions that it does not give."""
         if "logits" in self.needs and generated.logits is None:
             return (
                 f"{self.name} needs class scores, and there are none: take the pictures and an extractor with classes"
             )
-        if "spatial" in self.needs:
-            for what, features in (("generated pictures", generated), ("reference", reference)):
-                if features is not None and features.spatial is None:
-                    return (
-                        f"{self.name} needs spatial features, and the {what} came without: take pictures, "
-                        "or statistics with mu_s and sigma_s, and the extractor 'inception'"
-                    )
+        if "spatial" in self.needs and generated.spatial is None:
+            return self._no_positions("generated pictures")
         return None
 
-    def check(self, generated: FeatureSet, reference: FeatureSet | None) -> None:
+    def too_few(self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> str | None:
+        """Which side has too few pictures, and how many are needed, in one line; None if neither."""
+        sides = [("generated", generated, self.least_generated(settings))]
+        if self.needs_reference and reference is not None:
+            sides.append(("reference", reference, self.least_reference(settings)))
+        for what, features, least in sides:
+            arrays = [array for array in (features.pooled, features.logits) if array is not None]
+            counts = [count for count in (features.count, *map(len, arrays)) if count is not None]
+            if min(counts, default=least) < least:
+                return f"{self.name} of {min(counts)} {what} pictures does not exist: expected at least {least}"
+        return None
+
+    def least_generated(self, settings: MetricSettings) -> int:
+        """Generated pictures below which it does not exist, at these settings."""
+        return self.fewest_generated
+
+    def least_reference(self, settings: MetricSettings) -> int:
+        """Reference pictures below which it does not exist, at these settings."""
+        return self.fewest_reference
+
+    def check_fit(self, generated: FeatureSet, reference: FeatureSet | None) -> None:
+        """Raise a `UserError` where the two sets come from different extractors."""
+        if not self.needs_reference or reference is None:
+            return
+        attribute = "spatial" if "spatial" in self.needs else "statistics"
+        dimensions = [getattr(features, attribute).dimensions for features in (generated, reference)]
+        if dimensions[0] != dimensions[1]:
+            raise UserError(
+                f"the generated pictures have {dimensions[0]} features and the reference {dimensions[1]}: "
+                "both must come from one extractor"
+            )
+
+    def check(
+        self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings | None = None
+    ) -> None:
         """Raise a `UserError` where the sets lack something, are too few, do not fit or are not finite."""
-        missing = self.missing(generated, reference)
+        missing = self.missing(generated, reference, settings)
         if missing is not None:
             raise UserError(missing)
+        self.check_fit(generated, reference)
         sides = [("generated", generated)]
         if self.needs_reference and reference is not None:
             sides.append(("reference", reference))
-            attribute = "spatial" if "spatial" in self.needs else "statistics"
-            dimensions = [getattr(features, attribute).dimensions for _, features in sides]
-            if dimensions[0] != dimensions[1]:
-                raise UserError(
-                    f"the generated pictures have {dimensions[0]} features and the reference {dimensions[1]}: "
-                    "both must come from one extractor"
-                )
         for what, features in sides:
-            counts = [
-                features.count,
-                *(len(array) for array in (features.pooled, features.logits) if array is not None),
-            ]
-            least = min((count for count in counts if count is not None), default=2)
-            if least < 2:
-                raise UserError(f"{self.name} of {least} {what} pictures does not exist: expected at least 2")
             for array in (features.statistics.mean, features.pooled, features.logits):
                 if array is not None and not _finite(array):
                     raise UserError(f"the {what} features contain NaN or infinity: extract them anew")
+
+    def _no_positions(self, what: str) -> str:
+        return (
+            f"{self.name} needs spatial features, and the {what} came without: take pictures, "
+            "or statistics with mu_s and sigma_s, and the extractor 'inception'"
+        )
 
     def __call__(
         self, generated: FeatureSet, reference: FeatureSet | None = None, settings: MetricSettings | None = None
@@ -180,7 +217,7 @@ class Metric(ABC):
             UserError: something it needs is missing, too few pictures, features that do not fit or are not finite.
         """
         settings = settings or MetricSettings()
-        self.check(generated, reference)
+        self.check(generated, reference, settings)
         return summarise(self.measure(generated, reference, settings), self.bounds, settings.level)
 
 
@@ -214,7 +251,7 @@ def sample_size_warnings(n_generated: int | None, n_reference: int | None, d: in
         notes.append(f"covariance is rank-deficient: {n} {what} samples for {d} features")
     notes.append(
         f"biased upward: {n} {what} samples for {d} features, fewer than 5 for each; take more samples, "
-        "compare at equal numbers only, or see fid_infinity"
+        "compare at equal numbers only, or see kid, which has no such bias"
     )
     return notes
 

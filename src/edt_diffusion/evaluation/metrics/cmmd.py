@@ -32,6 +32,7 @@ class Cmmd(Metric):
     other_label = "MMD (RBF)"
     needs = frozenset({"statistics", "pooled", "reference_pooled"})
     bounds = (-float("inf"), float("inf"))
+    fewest_generated = 4  # two blocks of two
 
     def measure(self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> Measurement:
         assert reference is not None

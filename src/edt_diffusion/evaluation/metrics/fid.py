@@ -14,6 +14,7 @@ class Fid(Metric):
     label = "FID"
     other_label = "Fréchet distance"
     needs = frozenset({"statistics"})
+    fewest_generated = 3  # a subset of 2 has a covariance
 
     def measure(self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> Measurement:
         assert reference is not None
@@ -23,5 +24,6 @@ class Fid(Metric):
         if generated.pooled is None:
             notes.append("no interval: only statistics of the generated pictures are known")
         else:
-            replicates = WeightedDistances(generated.pooled, distance).replicates(settings.seed, settings.replicates)
+            weighted = WeightedDistances(generated.pooled, distance)
+            replicates = weighted.replicates(settings.seed, settings.replicates, generated.strata)
         return Measurement(distance.distance(generated.statistics), len(generated), replicates, tuple(notes))

@@ -1,16 +1,16 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ...util.errors import UserError
 from ...util.rng import Purpose, stream
 from ..feature_set import FeatureSet
 from .base import Measurement, Metric, MetricSettings
 from .frechet import FrechetDistance, WeightedDistances
+from .resampling import random_order
 
-_MOST_FOLDS, _LEAST_FOLDS = 5, 3
+_MOST_FOLDS = 5
 
-# Pictures per feature from which on the line is straight to a few per cent of the value.
-_STRAIGHT = 10
+# Pictures per feature below which the distance is no straight line in 1 / n: with 3 of them the value was negative.
+LEAST_PER_FEATURE = 10
 
 
 class FidInfinity(Metric):
@@ -19,7 +19,7 @@ class FidInfinity(Metric):
     The distance of n pictures exceeds it by about c / n. The set is cut at random into 1, 2, ... up to 5 folds; the
     mean distance of k folds stands for n / k pictures, and a straight line in 1 / n through these means is read off at
     0. (The paper takes one random subset for each of 15 sizes; folds use every picture at every size.) There are as
-    many sizes as leave three pictures per feature in a fold, but 3 at least.
+    many sizes as leave three pictures per feature in a fold, and no value of fewer than 10 pictures per feature.
 
     The standard error joins that of the line and that of the distance of the whole set. What is extrapolated is the
     number of generated pictures; the reference stays as it is.
@@ -36,34 +36,35 @@ class FidInfinity(Metric):
         assert generated.pooled is not None
         rows, features = generated.pooled.shape
         notes = []
-        if rows < _STRAIGHT * features:
+        if reference.count is not None and reference.count < LEAST_PER_FEATURE * features:
             notes.append(
-                f"extrapolated from {rows} samples for {features} features, fewer than {_STRAIGHT} for each, where the "
-                "distance is no straight line in 1 / n: still off, and take more samples"
+                f"biased upward: {reference.count} reference samples for {features} features, and only the number of "
+                "generated ones is extrapolated; take a larger reference"
             )
-        most = min(max(_LEAST_FOLDS, rows // (3 * features)), _MOST_FOLDS)
+        most = min(rows // (3 * features), _MOST_FOLDS)
         weighted = WeightedDistances(generated.pooled, FrechetDistance.to_reference(reference.statistics))
-        order = stream(settings.seed, Purpose.SUBSET).permutation(rows)
+        order = random_order(stream(settings.seed, Purpose.SUBSET), rows, generated.strata)
         folds = np.arange(1, most + 1)
         means = np.array([_mean_distance(weighted, order, int(number)) for number in folds])
         value, error = intercept(folds / rows, means)
-        replicates = weighted.replicates(settings.seed, settings.replicates)
+        replicates = weighted.replicates(settings.seed, settings.replicates, generated.strata)
         return Measurement(value, rows, replicates, tuple(notes), further_error=error)
 
-    def check(self, generated: FeatureSet, reference: FeatureSet | None) -> None:
-        super().check(generated, reference)
-        if generated.pooled is not None and len(generated.pooled) < 2 * _LEAST_FOLDS:
-            raise UserError(
-                f"fid_infinity of {len(generated.pooled)} generated pictures does not exist: "
-                f"expected at least {2 * _LEAST_FOLDS}"
+    def too_few(self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> str | None:
+        features = generated.statistics.dimensions
+        if generated.pooled is not None and len(generated.pooled) < LEAST_PER_FEATURE * features:
+            return (
+                f"fid_infinity of {len(generated.pooled)} generated pictures with {features} features would be far too "
+                f"low: expected at least {LEAST_PER_FEATURE * features}, {LEAST_PER_FEATURE} per feature; take kid"
             )
+        return super().too_few(generated, reference, settings)
 
 
 def _mean_distance(weighted: WeightedDistances, order: NDArray[np.int64], folds: int) -> float:
     distances = []
-    for fold in range(folds):
+    for fold in np.array_split(order, folds):
         counts = np.zeros(len(order), np.int64)
-        counts[order[fold::folds]] = 1
+        counts[fold] = 1
         distances.append(weighted(counts))
     return float(np.mean(distances))
 

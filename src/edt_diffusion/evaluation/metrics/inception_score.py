@@ -2,14 +2,16 @@ import numpy as np
 
 from ..feature_set import FeatureSet
 from .base import Measurement, Metric, MetricSettings
-from .resampling import Float64, Replicates, bootstrap_counts
+from .resampling import Float64, Replicates, resample_counts, resample_scale
 
 
 class InceptionScore(Metric):
     """exp of the mean KL divergence of a picture's class probabilities from their mean (arXiv 1606.03498).
 
-    Splits are those of ADM's evaluator: consecutive runs of 5,000 pictures in the order of the set, the last perhaps
-    shorter, whose scores are averaged alike. It lies between 1 and the number of classes.
+    Splits are those of ADM's evaluator: consecutive runs of 5,000 pictures in the order of the set, whose scores are
+    averaged. Pictures after the last whole split are left out, where ADM averages their score alike: one picture has a
+    score of 1, few have one that is far too low. Fewer pictures than a split are one split. It lies between 1 and the
+    number of classes.
     """
 
     name = "is"
@@ -21,25 +23,30 @@ class InceptionScore(Metric):
 
     def measure(self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> Measurement:
         assert generated.logits is not None
-        rows, split = len(generated.logits), settings.split
+        total, split = len(generated.logits), settings.split
+        rows = total // split * split or total
+        strata = None if generated.strata is None else generated.strata[:rows]
         counts = np.ones((1 + settings.replicates, rows))  # the set itself, then its resamples
         for replicate in range(settings.replicates):
-            counts[1 + replicate] = bootstrap_counts(settings.seed, replicate, rows)
+            counts[1 + replicate] = resample_counts(settings.seed, replicate, rows, strata)
         scores = np.mean(
             [
-                _scores(generated.logits[start : start + split], counts[:, start : start + split])
+                _scores(generated.logits[start : min(start + split, rows)], counts[:, start : start + split])
                 for start in range(0, rows, split)
             ],
             axis=0,
         )
         notes = []
-        if rows % split and rows > split:
-            notes.append(f"the last of {-(-rows // split)} splits holds {rows % split} of {split} pictures")
+        if total > rows:
+            notes.append(f"the last {total - rows} of {total} pictures are left out: fewer than a split of {split}")
+        if rows < split:
+            notes.append(f"one split of {rows} pictures, fewer than {split}: lower than that of whole splits")
         if rows > split and generated.labels is not None and (np.diff(generated.labels) >= 0).all():
             notes.append(
                 f"too low: the pictures are sorted by class and splits hold {split} consecutive ones; mix them"
             )
-        return Measurement(float(scores[0]), rows, Replicates(scores[1:]), tuple(notes))
+        replicates = Replicates(scores[1:], resample_scale(rows, strata))
+        return Measurement(float(scores[0]), rows, replicates, tuple(notes))
 
 
 def _scores(logits: np.ndarray, counts: Float64) -> Float64:

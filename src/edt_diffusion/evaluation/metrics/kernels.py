@@ -1,6 +1,5 @@
 """Maximum mean discrepancy from sums of a kernel over blocks of pictures (Gretton et al. 2012, JMLR 13)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...util.errors import UserError
 from ...util.rng import Purpose, stream
 from ..feature_set import FeatureSet
 from .base import Measurement, MetricSettings
-from .resampling import Float64, Replicates
+from .resampling import Float64, block_count, jackknife_replicates, random_order
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,8 +23,11 @@ def unbiased_mmd(
     """Unbiased estimate of the squared discrepancy, which may be negative, with a jackknife over generated blocks.
 
     Each side is cut to `kernel_samples` pictures at random where it has more. Blocks are random, so that sets in the
-    order of their classes need no care; one block at a time is held against the other side, so that the memory taken
-    is that of the two cut sides in float64.
+    order of their classes need no care, and hold classes of fixed shares in proportion. One block at a time is held
+    against the other side, so that the memory taken is that of the two cut sides in float64.
+
+    Unbiased are independent draws. Classes of fixed shares are less left to chance than the estimate corrects for: of
+    samples with the reference's shares it is too low by 1 / N times the mean kernel within classes less that of all.
 
     Args:
         generated, reference: with `pooled`.
@@ -36,10 +37,12 @@ def unbiased_mmd(
     """
     assert generated.pooled is not None
     assert reference.pooled is not None
-    x, y = _chosen(generated.pooled, settings), _chosen(reference.pooled, settings)
-    if len(x) < 4:
-        raise UserError(f"{len(x)} generated pictures are too few for a kernel distance: expected at least 4")
-    blocks = torch.tensor_split(x, min(settings.kernel_blocks, len(x) // 2))
+    strata = generated.strata
+    order = _chosen(len(generated.pooled), settings, strata)
+    x = _rows(generated.pooled, order)
+    y = _rows(reference.pooled, _chosen(len(reference.pooled), settings))
+    number = block_count(settings.kernel_blocks, None if strata is None else strata[order])
+    blocks = torch.tensor_split(x, min(number, len(x) // 2))
     within, own = _within(blocks, kernel)
     across = np.array([_sum(kernel, block, y) for block in blocks])
     parts = torch.tensor_split(y, -(-len(y) // _COLUMNS))
@@ -58,8 +61,7 @@ def unbiased_mmd(
     ]
     every = np.ones(len(blocks), bool)
     left_out = np.array([sums.value(every & (np.arange(len(blocks)) != block)) for block in range(len(blocks))])
-    replicates = Replicates(scale * left_out, (len(blocks) - 1) / math.sqrt(len(blocks)))
-    return Measurement(scale * sums.value(every), len(x), replicates, tuple(notes))
+    return Measurement(scale * sums.value(every), len(x), jackknife_replicates(scale * left_out), tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,12 @@ class BlockSums:
         return float(within + self.reference_mean - 2 * across)
 
 
-def _chosen(pooled: np.ndarray, settings: MetricSettings) -> Tensor:
-    """At most `kernel_samples` rows in random order, float64; alike for sets of one size."""
-    order = stream(settings.seed, Purpose.SUBSET, step=1).permutation(len(pooled))[: settings.kernel_samples]
+def _chosen(rows: int, settings: MetricSettings, strata: np.ndarray | None = None) -> np.ndarray:
+    """At most `kernel_samples` of `rows` in random order; alike for sets of one size and of the same `strata`."""
+    return random_order(stream(settings.seed, Purpose.SUBSET, step=1), rows, strata)[: settings.kernel_samples]
+
+
+def _rows(pooled: np.ndarray, order: np.ndarray) -> Tensor:
     return torch.from_numpy(pooled[order].astype(np.float64))
 
 

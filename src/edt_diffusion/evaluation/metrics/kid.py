@@ -22,6 +22,7 @@ class Kid(Metric):
     other_label = "MMD (cubic)"
     needs = frozenset({"statistics", "pooled", "reference_pooled"})
     bounds = (-float("inf"), float("inf"))
+    fewest_generated = 4  # two blocks of two
 
     def measure(self, generated: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> Measurement:
         assert reference is not None

@@ -1,5 +1,7 @@
 """Two sets against one reference, picture by picture."""
 
+from dataclasses import replace
+
 from ...util.errors import UserError
 from ...util.lookup import lookup
 from ..feature_set import FeatureSet
@@ -45,8 +47,11 @@ def paired_difference(
         raise UserError(
             "a paired comparison of pictures of different classes: expected row i of both to share its class"
         )
+    if (a.strata is None) != (b.strata is None):  # they share their classes: what is known of one holds of both
+        labels = b.labels if a.strata is None else a.labels
+        a, b = (replace(features, labels=labels, stratified=True) for features in (a, b))
     for features in (a, b):
-        metric.check(features, reference)
+        metric.check(features, reference, settings)
     of_a, of_b = (metric.measure(features, reference, settings) for features in (a, b))
     notes = tuple(dict.fromkeys(of_a.notes + of_b.notes))
     replicates = None
