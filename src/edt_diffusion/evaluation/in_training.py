@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..util.errors import UserError
 from ..util.files import make_folder
 from .digests import combined_digest, picture_digests
-from .extractors.base import Extractor, Features
-from .feature_set import FeatureSet
+from .extract import arrays_of, joined
+from .extractors.base import Extractor
 from .generate import Samples
 from .labels import FIXED_SHARES
 from .measure import measure, possible_metrics
@@ -22,7 +21,6 @@ from .metrics import MetricSettings
 from .pixels import colour_tensor
 from .reference import Known
 from .result import PROTOCOL, Result, environment
-from .statistics import GaussianStatistics
 
 
 class MetricsDuringTraining:
@@ -74,8 +72,8 @@ class MetricsDuringTraining:
         if not self.accelerator.is_main_process:
             return {}
         parts = [gathered[number] for number in sorted(gathered)]
-        joined = _joined([part["arrays"] for part in parts], self.samples.labels)
-        features = replace(joined, stratified=self.facts["labels"] in FIXED_SHARES)
+        whole = joined([part["arrays"] for part in parts], self.samples.labels)
+        features = replace(whole, stratified=self.facts["labels"] in FIXED_SHARES)
         numbers, warnings = measure(features, self.reference.features, self.extractor, self.metrics, self.settings)
         warnings += self.reference.notes
         manifest = {
@@ -113,26 +111,9 @@ class MetricsDuringTraining:
                 continue  # took part, and counts for nothing
             labels = None if self.samples.labels is None else self.samples.labels[start : start + len(pictures)]
             part = {
-                "arrays": _arrays(self.extractor(colour_tensor(pictures))),
+                "arrays": arrays_of(self.extractor(colour_tensor(pictures))),
                 "seconds": seconds,
                 "digest": picture_digests(pictures, labels),
             }
             out.append((number, part))
         return out
-
-
-def _arrays(found: Features) -> dict[str, np.ndarray]:
-    arrays = {"pooled": found.pooled, "logits": found.logits, "spatial": found.spatial}
-    return {name: values.numpy() for name, values in arrays.items() if values is not None}
-
-
-def _joined(parts: list[dict[str, np.ndarray]], labels: np.ndarray | None) -> FeatureSet:
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    spatial = whole.get("spatial")
-    return FeatureSet(
-        GaussianStatistics.of(whole["pooled"]),
-        whole["pooled"],
-        whole.get("logits"),
-        None if spatial is None else GaussianStatistics.of(spatial),
-        labels,
-    )
