@@ -331,6 +331,7 @@ for line in sys.stdin:
     if pid == 0:
         code = 99
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
             os.environ.update(task["env"])
             for stream in ("out", "err"):
                 file = os.open(task["log"] + "." + stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

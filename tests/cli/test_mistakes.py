@@ -263,7 +263,7 @@ def test_a_full_disk(train, monkeypatch):
         (("--guidance-channels", "four"), ("'four'", "all or authors")),
         (("--amm", "99"), ("--amm 99", "blocks 0 to 4")),
         (("--amm", "2"), ("--amm 2", "2x2 grid is too small", "at least 3")),
-        (("--amm", "on"), ("--amm on", "or block numbers such as 7,10")),
+        (("--amm", "maybe"), ("--amm maybe", "saved, off, on, auto", "or block numbers such as 7,10")),
     ],
 )
 def test_sampling(edt, run, work, arguments, words):

@@ -199,6 +199,13 @@ def test_large_sets_are_kept_only_where_they_are_needed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "kept").rglob("extra_pictures.npy"))) == 1
 
 
+def test_rows_stand_in_the_order_of_their_numbers(tmp_path):
+    guidances = [10, 1.5, 2, 1]
+    evaluation(tmp_path).run(plan(*guidances))
+    rows = (tmp_path / "table.csv").read_text().splitlines()[1:]
+    assert [row.split(" ")[0] for row in rows] == [f"guidance={guidance:g}" for guidance in sorted(guidances)]
+
+
 def test_what_an_evaluation_takes_of_the_disk(tmp_path, monkeypatch):
     assert evaluation(tmp_path).disk_bytes(3) == 3 * COUNT * (3 * 4 + 4 * 4 * 3)
     monkeypatch.setattr(sweep, "_SMALL_BYTES", 0)

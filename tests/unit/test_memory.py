@@ -233,6 +233,6 @@ def test_compiled_blocks_may_have_their_graphs_where_torch_takes_no_limit(monkey
     settings = torch._dynamo.config
     monkeypatch.setattr(torch, "compile", lambda model=None, *, fullgraph=False: model)  # torch 2.8's has no limit
     for present, wanted in ((8, 64), (100, 100)):
-        monkeypatch.setattr(settings, "recompile_limit", present)
-        tiny_model().compile_repeated_blocks(fullgraph=True)
-        assert settings.recompile_limit == wanted
+        with settings.patch(recompile_limit=present):  # monkeypatch would leave it hidden
+            tiny_model().compile_repeated_blocks(fullgraph=True)
+            assert settings.recompile_limit == wanted

@@ -6,6 +6,7 @@ without sampling anew.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -264,9 +265,9 @@ class Evaluation:
                 place.drop(PICTURES)
 
     def all_results(self) -> list[Result]:
-        """Every result in the folder, by name."""
-        paths = sorted(path for path in self.out.glob("*.json") if path.name != SHARED)
-        return [Result.load(path) for path in paths]
+        """Every result in the folder, by name, the numbers in names by size."""
+        paths = [path for path in self.out.glob("*.json") if path.name != SHARED]
+        return [Result.load(path) for path in sorted(paths, key=lambda path: _by_size(path.stem))]
 
     def known(
         self, name: str, pictures_sha256: str | None = None, sampling: dict[str, Any] | None = None
@@ -326,6 +327,12 @@ def partners(setting: SamplingSetting, plan: Sequence[SamplingSetting]) -> dict[
 def _same_pictures(one: Result, other: Result) -> bool:
     digests = [result.manifest.get("samples", {}).get("sha256") for result in (one, other)]
     return digests[0] == digests[1] and one.manifest.get("sampling") == other.manifest["sampling"]
+
+
+def _by_size(name: str) -> list[tuple[bool, float, str]]:
+    """A key that sorts "a-2" before "a-10" and "a-1.5" after "a-1"."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(number % 2 == 1, float(part) if number % 2 else 0.0, part) for number, part in enumerate(parts)]
 
 
 def slug(setting: SamplingSetting) -> str:
