@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from edt_diffusion.evaluation.comparison import cautions, comparable_groups, incomparable, otherwise_judged
-from edt_diffusion.evaluation.report import markdown, pareto_front, rows, text_table, write_tables
+from edt_diffusion.evaluation.report import distinguishing, markdown, pareto_front, rows, text_table, write_tables
 from edt_diffusion.evaluation.result import Result, environment, load_results
 from edt_diffusion.util.errors import UserError
 
@@ -261,6 +261,12 @@ def test_the_front_of_quality_and_time():
     assert front == [0]
     quarter = [(i / 10, (100 - i * i) ** 0.5 / 10) for i in range(11)]  # on a circle nothing is beaten
     assert pareto_front(quarter) == list(range(11))
+
+
+def test_words_that_all_labels_share():
+    labels = ["guidance=1 amm=off steps=20", "guidance=2 amm=off steps=20", "guidance=1 amm=on steps=20"]
+    assert distinguishing(labels) == (["guidance=1 amm=off", "guidance=2 amm=off", "guidance=1 amm=on"], "steps=20")
+    assert distinguishing(labels[:1]) == (labels[:1], "")
 
 
 def full() -> list[Result]:

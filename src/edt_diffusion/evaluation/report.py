@@ -118,6 +118,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
+def distinguishing(labels: Sequence[str]) -> tuple[list[str], str]:
+    """Labels without the words that all of them have, and those words."""
+    common = set.intersection(*(set(label.split()) for label in labels)) if len(labels) > 1 else set()
+    own = [" ".join(word for word in label.split() if word not in common) for label in labels]
+    return own, " ".join(word for word in labels[0].split() if word in common)
+
+
 def draw_pareto(results: Sequence[Result], path: Path, metric: str = "fid") -> None:
     """Draw quality against time, with intervals, and join the settings that no other one beats in both."""
     from matplotlib.figure import Figure
@@ -129,6 +136,7 @@ def draw_pareto(results: Sequence[Result], path: Path, metric: str = "fid") -> N
     points = [(result.seconds_per_image or 0.0, result.metrics[metric]["value"]) for result in drawn]
     front = pareto_front(points)
     axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.7", zorder=1)
+    names, shared = distinguishing([result.label for result in drawn])
     for index, (result, (seconds, value)) in enumerate(zip(drawn, points, strict=True)):
         numbers = result.metrics[metric]
         colour = "C0" if index in front else "0.5"
@@ -137,7 +145,7 @@ def draw_pareto(results: Sequence[Result], path: Path, metric: str = "fid") -> N
         axes.plot(seconds, value, "o", color=colour, zorder=3)
         left = seconds > longest / 2  # names of the slow ones would run out of the picture
         axes.annotate(
-            result.label, (seconds, value), xytext=(-4 if left else 4, 4), textcoords="offset points", fontsize=7,
+            names[index], (seconds, value), xytext=(-4 if left else 4, 4), textcoords="offset points", fontsize=7,
             ha="right" if left else "left",
         )  # fmt: skip
     axes.set_xscale("log")
@@ -146,7 +154,8 @@ def draw_pareto(results: Sequence[Result], path: Path, metric: str = "fid") -> N
         which(lambda seconds, _: f"{seconds:.3g}")
     axes.set_xlabel("seconds a picture")
     axes.set_ylabel(f"{drawn[0].metrics[metric]['label']} (lower is better)")
-    axes.set_title("quality against time; the line joins what nothing beats in both", fontsize=9)
+    title = "quality against time; the line joins what nothing beats in both"
+    axes.set_title(f"{title}\n{shared}" if shared else title, fontsize=9)
     axes.grid(alpha=0.3, which="both")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
