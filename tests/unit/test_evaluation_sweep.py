@@ -191,12 +191,42 @@ def test_large_sets_are_kept_only_where_they_are_needed(tmp_path, monkeypatch):
     made = plan(1)
     evaluation(tmp_path, ["coverage"]).run(made)
     assert made[0].made == []
+    again, made = (
+        evaluation(tmp_path, ["density"], needs_pictures=True),
+        plan(1),
+    )  # whoever needs them has them made anew
+    again.run(made)
+    assert made[0].made == [0, 16, 32, 48]
+    pictures = again.gather(again.parts(made[0]), made[0].make, "").extras["pictures"]
+    assert np.array_equal(pictures, Made(1).make(0, COUNT)[0])
+    again.tidy(plan(1))
+    # A set that was made with samples from the start leaves its features where others look for them.
+    other = evaluation(tmp_path / "judged", needs_pictures=True)
+    other.run(plan(1))
+    other.tidy(plan(1))
+    made = plan(1)
+    evaluation(tmp_path / "judged", ["kid"]).run(made)
+    assert (made[0].made, list((tmp_path / "judged").rglob("extra_pictures.npy"))) == ([], [])
+    judged = evaluation(tmp_path / "judged", ["density"], needs_pictures=True)
+    made = plan(1)
+    judged.run(made)
+    assert made[0].made == [0, 16, 32, 48]
+    assert len(list((tmp_path / "judged").rglob("extra_pictures.npy"))) == 1
     evaluation(tmp_path, keep="none").tidy(plan(1))
     assert not list((tmp_path / "features").iterdir())
     kept = evaluation(tmp_path / "kept", keep="pictures")
     kept.run(plan(1))
     kept.tidy(plan(1))
     assert len(list((tmp_path / "kept").rglob("extra_pictures.npy"))) == 1
+
+
+def test_a_difference_that_cannot_be_had_is_told(tmp_path):
+    evaluation(tmp_path, keep="none").run(plan(1))
+    evaluation(tmp_path, keep="none").tidy(plan(1))
+    later = evaluation(tmp_path)
+    results = later.run(plan(1, 2))
+    assert results[1].against is None
+    assert later.notes == ["guidance=2 amm=saved: no difference to guidance=1, since features were not kept (--keep)"]
 
 
 def test_rows_stand_in_the_order_of_their_numbers(tmp_path):

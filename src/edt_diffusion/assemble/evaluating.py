@@ -187,7 +187,7 @@ def _evaluate_model(request: Request, settings: list[Any]) -> Outcome:
         assert gathered is not None
         written += _save(request, gathered, gathered.extras.get("pictures"), labels, extractor)
     evaluation.tidy(plan)
-    return Outcome(results, evaluation.out, written, notes)
+    return Outcome(results, evaluation.out, written, notes + evaluation.notes)
 
 
 def _evaluate_pictures(request: Request) -> Outcome:

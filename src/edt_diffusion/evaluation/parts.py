@@ -7,6 +7,7 @@ taken over the parts in their order, and so depend neither on who computed them 
 
 import io
 import json
+import os
 import shutil
 import time
 import zipfile
@@ -160,6 +161,11 @@ class FeatureParts:
     def drop(self, extra: str) -> None:
         """Remove what was computed beside the features."""
         (self._whole / f"extra_{extra}.npy").unlink(missing_ok=True)
+
+    def replace(self, other: "FeatureParts") -> None:
+        """Move all of it to the place of another set, which is removed."""
+        other.remove()
+        os.rename(self.folder, other.folder)
 
     def remove(self) -> None:
         """Remove the folder and all in it."""

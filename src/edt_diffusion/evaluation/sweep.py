@@ -60,6 +60,8 @@ class Evaluation:
             samples, which can be judged later; "pictures" of any size too; or "none".
         quiet: no progress.
         rank, world_size: of the processes that share the sampling.
+        device: that of the network.
+        notes: what a reader of the table should be told.
     """
 
     out: Path
@@ -77,6 +79,7 @@ class Evaluation:
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
+    notes: list[str] = field(default_factory=list)
 
     def shared(self) -> dict[str, Any]:
         """What is the same for all results of the folder."""
@@ -166,7 +169,8 @@ class Evaluation:
                     continue
                 here, there = self.parts(samples), self.parts(plan[other])
                 if not (here.is_whole() and there.is_whole()):
-                    continue  # their features have been removed
+                    self.notes.append(f"{result.label}: no difference to {to}, since features were not kept (--keep)")
+                    continue
                 pair = self._told(here.load().features), self._told(there.load().features)
                 estimate = paired_difference(*pair, reference, "fid", self.settings)
                 found[axis] = {
@@ -258,11 +262,16 @@ class Evaluation:
         """Remove what is not to be kept; see `keep`."""
         if self.rank or self.keep == "pictures":
             return
-        for place in [place for samples in plan for place in self._places(samples)]:
+        for samples in plan:
+            plain, full = self._places(samples)
             if self.keep == "none":
-                place.remove()
+                plain.remove()
+                full.remove()
             elif not self._small():
-                place.drop(PICTURES)
+                if full.is_whole() and not plain.is_whole():
+                    full.replace(plain)  # first: who looks for samples in the other place finds them or nothing
+                full.remove()
+                plain.drop(PICTURES)
 
     def all_results(self) -> list[Result]:
         """Every result in the folder, by name, the numbers in names by size."""
