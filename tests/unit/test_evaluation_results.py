@@ -304,6 +304,15 @@ def test_cells_of_what_could_not_be_had():
     assert rows([one])[1] == [["guidance=2 amm=off", "3.5 [2.5, 4.5]", "8.25", "50.0% [40.0%, 60.0%]", "", "0.5"]]
 
 
+def test_how_many_differences_chance_puts_beside_zero():
+    both = full()
+    assert "differences" not in markdown(both)  # there is one
+    both[1].against["amm"] = {**both[1].against["guidance"], "to": "amm=off"}
+    assert "2 differences from the same seeds; of so many intervals, chance alone puts about 0.1 beside" in markdown(
+        both
+    )
+
+
 def test_tables_as_text_and_markdown():
     lines = text_table(full(), ["x.json", "y.json"]).splitlines()
     assert lines[1].startswith("x.json   12 [11, 13] ")

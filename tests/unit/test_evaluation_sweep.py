@@ -1,6 +1,7 @@
 """A sweep of settings in one folder: what is done stays done, and what does not belong there is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,26 @@ def test_a_difference_that_cannot_be_had_is_told(tmp_path):
     results = later.run(plan(1, 2))
     assert results[1].against is None
     assert later.notes == ["guidance=2 amm=saved: no difference to guidance=1, since features were not kept (--keep)"]
+
+
+@pytest.mark.parametrize(("policy", "fixed"), [("balanced", True), ("reference", True), ("random", False)])
+def test_resamples_keep_shares_of_classes_that_were_chosen(tmp_path, policy, fixed):
+    one = evaluation(tmp_path)
+    one.samples = {**one.samples, "labels": policy}
+    assert one._told(reference().features).stratified is fixed
+
+
+def test_what_is_to_be_known_of_the_reference_goes_along(tmp_path):
+    one = evaluation(tmp_path)
+    one.reference = replace(one.reference, notes=("its extractor is not known",))
+    (result,) = one.run(plan(1))
+    assert "its extractor is not known" in result.warnings
+
+
+def test_samples_of_a_cpu_and_a_gpu_are_not_mixed(tmp_path):
+    (samples,) = plan(1)
+    places = [evaluation(tmp_path, device=device).parts(samples).folder for device in ("cpu", "cuda:0", "cuda:1")]
+    assert places[0] != places[1] == places[2]
 
 
 def test_rows_stand_in_the_order_of_their_numbers(tmp_path):
