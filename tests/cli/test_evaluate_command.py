@@ -457,7 +457,7 @@ def test_a_judge_of_digits(edt, model, digits, work):
 
 
 def labels_like(reference: Path, count: int) -> np.ndarray:
-    from edt_diffusion.evaluation.labels import choose_labels
+    from edt_diffusion.sampling.labels import choose_labels
 
     side = open_input(reference, channels=1).pictures
     return choose_labels("reference", count, DIGITS, 10, 0, side.labels, side.class_names)[0]

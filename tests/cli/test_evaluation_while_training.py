@@ -11,7 +11,7 @@ from PIL import Image
 
 from edt_diffusion.assemble import evaluating
 from edt_diffusion.data import ImageDataset, open_images
-from edt_diffusion.evaluation.generate import Samples
+from edt_diffusion.sampling.samples import Samples
 from edt_diffusion.training.log import read_log
 
 MEASURED = ("evaluation.every=2", "evaluation.extractor=pixels", "evaluation.num_inference_steps=2")

@@ -6,11 +6,11 @@ import torch
 from tiny_models import tiny_model
 
 from edt_diffusion import ClassConditionalPipeline
-from edt_diffusion.evaluation.generate import Samples
-from edt_diffusion.evaluation.settings import SamplingSetting
 from edt_diffusion.nn.modulation import AttentionModulation
 from edt_diffusion.pipelines.modulation import choose_modulation
 from edt_diffusion.pipelines.schedulers import make_scheduler
+from edt_diffusion.sampling.samples import Samples
+from edt_diffusion.sampling.settings import SamplingSetting
 from edt_diffusion.util.errors import UserError
 from edt_diffusion.util.rng import image_seed
 

@@ -3,9 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
-from edt_diffusion.evaluation.labels import choose_labels
-from edt_diffusion.evaluation.settings import SamplingSetting, parse_setting, parse_sweep
 from edt_diffusion.evaluation.sweep import slug
+from edt_diffusion.sampling.labels import choose_labels
+from edt_diffusion.sampling.settings import SamplingSetting, parse_setting, parse_sweep
 from edt_diffusion.util.errors import UserError
 
 # ------------------------------------------------------------------------------------------- settings

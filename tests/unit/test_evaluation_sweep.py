@@ -15,9 +15,9 @@ from edt_diffusion.evaluation.measure import choose_metrics, left_out, measure, 
 from edt_diffusion.evaluation.metrics import MetricSettings
 from edt_diffusion.evaluation.reference import Known
 from edt_diffusion.evaluation.result import Result
-from edt_diffusion.evaluation.settings import SamplingSetting, parse_sweep
 from edt_diffusion.evaluation.statistics import GaussianStatistics
 from edt_diffusion.evaluation.sweep import Evaluation, partners
+from edt_diffusion.sampling.settings import SamplingSetting, parse_sweep
 from edt_diffusion.util.errors import UserError
 
 COUNT = 60

@@ -14,10 +14,8 @@ from ..data.encoding_job import default_device, processes
 from ..evaluation.adm_npz import SampleNpzWriter, StatisticsOrigin, write_statistics_npz
 from ..evaluation.digests import digest_of
 from ..evaluation.extractors import Extractor, open_extractor
-from ..evaluation.generate import Samples
 from ..evaluation.inputs import Input, open_input
 from ..evaluation.judging import JudgeSettings, Judging
-from ..evaluation.labels import LabelPolicy, choose_labels
 from ..evaluation.measure import choose_metrics, left_out, possible_metrics
 from ..evaluation.metrics import MetricSettings
 from ..evaluation.parts import Gathered
@@ -25,9 +23,11 @@ from ..evaluation.pixels import as_source
 from ..evaluation.reference import Known, features_of
 from ..evaluation.report import write_tables
 from ..evaluation.result import AS_FOUND, SHARED, Result
-from ..evaluation.settings import parse_sweep
 from ..evaluation.sweep import Evaluation, Keep
 from ..pipelines.loading import load_pipeline
+from ..sampling.labels import LabelPolicy, choose_labels
+from ..sampling.samples import Samples
+from ..sampling.settings import parse_sweep
 from ..util.errors import UserError
 from .facts import model_facts, picture_shape, sample_facts
 from .run_pictures import RunPictures, reference_input

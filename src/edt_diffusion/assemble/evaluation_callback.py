@@ -7,13 +7,13 @@ from accelerate import Accelerator
 from ..config import RunConfig
 from ..data import ImageDataset, LatentStore
 from ..evaluation.extractors import open_extractor
-from ..evaluation.generate import Samples
 from ..evaluation.in_training import MetricsDuringTraining
 from ..evaluation.inputs import dataset_input
-from ..evaluation.labels import choose_labels
 from ..evaluation.reference import features_of
-from ..evaluation.settings import parse_setting
 from ..pipelines import ClassConditionalPipeline
+from ..sampling.labels import choose_labels
+from ..sampling.samples import Samples
+from ..sampling.settings import parse_setting
 from ..training.trainer import Callback
 from ..util.errors import UserError
 from .facts import picture_shape, sample_facts

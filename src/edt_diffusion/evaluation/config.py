@@ -5,9 +5,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..pipelines import SCHEDULERS
+from ..sampling.labels import POLICIES
 from ..util.errors import UserError
 from ..util.lookup import lookup
-from .labels import POLICIES
 from .measure import choose_metrics
 
 
@@ -20,8 +20,8 @@ class EvaluationConfig(BaseModel):
         reference: real pictures or an `.npz` of statistics; null takes those that are trained on.
         extractor: as `edt evaluate --extractor`.
         metrics: names; null takes the usual ones that are possible.
-        labels: which classes are sampled; see `evaluation.labels.choose_labels`.
-        guidance, scheduler, num_inference_steps, amm: how samples are made; see `evaluation.settings.SamplingSetting`.
+        labels: which classes are sampled; see `sampling.labels.choose_labels`.
+        guidance, scheduler, num_inference_steps, amm: how samples are made; see `sampling.settings.SamplingSetting`.
         batch_size: pictures computed at once on each process; null is 64, and 16 where an autoencoder decodes them.
         seed: of the samples.
     """

@@ -9,13 +9,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from ..sampling.labels import FIXED_SHARES
+from ..sampling.samples import Samples
 from ..util.errors import UserError
 from ..util.files import make_folder
 from .digests import combined_digest, picture_digests
 from .extract import arrays_of, joined
 from .extractors.base import Extractor
-from .generate import Samples
-from .labels import FIXED_SHARES
 from .measure import measure, possible_metrics
 from .metrics import MetricSettings
 from .pixels import colour_tensor

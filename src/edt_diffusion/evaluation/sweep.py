@@ -15,15 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..sampling.labels import FIXED_SHARES
+from ..sampling.samples import Samples
+from ..sampling.settings import SamplingSetting
 from ..util.errors import UserError
 from ..util.files import atomic_write_json, make_folder
 from ..util.progress import CountProgress
 from .digests import digest_of
 from .extractors.base import Extractor
 from .feature_set import FeatureSet
-from .generate import Samples
 from .judging import Judging
-from .labels import FIXED_SHARES
 from .measure import measure
 from .metrics import MetricSettings, paired_difference
 from .parts import FeatureParts, Gathered, MakePictures
@@ -31,7 +32,6 @@ from .pixels import PictureSource
 from .reference import Known
 from .report import write_tables
 from .result import PROTOCOL, SHARED, Result, environment
-from .settings import SamplingSetting
 
 PICTURES = "pictures"
 

@@ -1,0 +1,1 @@
+"""Samples by number: settings, labels, jobs that go on where they stopped."""
