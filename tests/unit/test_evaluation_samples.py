@@ -6,7 +6,9 @@ import torch
 from tiny_models import tiny_model
 
 from edt_diffusion import ClassConditionalPipeline
+from edt_diffusion.caching import parse_cache
 from edt_diffusion.nn.modulation import AttentionModulation
+from edt_diffusion.pipelines.guidance import Guidance, Interval
 from edt_diffusion.pipelines.modulation import choose_modulation
 from edt_diffusion.pipelines.schedulers import make_scheduler
 from edt_diffusion.sampling.samples import Samples
@@ -57,16 +59,16 @@ def test_a_picture_depends_on_its_number_and_on_no_other(pipeline):
 
 def test_batches_are_always_full(pipeline, monkeypatch):
     """Of another size they may be computed by other kernels, which round otherwise."""
-    sizes, plain = [], ClassConditionalPipeline._sample
+    sizes, plain = [], ClassConditionalPipeline.denoise
 
-    def seen(self, scheduler, labels, seeds, *rest):
-        sizes.append((len(labels), len(seeds)))
-        return plain(self, scheduler, labels, seeds, *rest)
+    def seen(self, guided, scheduler, steps, sample, generators, *rest):
+        sizes.append((len(guided.labels), len(sample), len(generators)))
+        return plain(self, guided, scheduler, steps, sample, generators, *rest)
 
-    monkeypatch.setattr(ClassConditionalPipeline, "_sample", seen)
+    monkeypatch.setattr(ClassConditionalPipeline, "denoise", seen)
     assert len(samples(pipeline).make(0, 10)[0]) == 10
     assert len(samples(pipeline).make(8, 10)[0]) == 2
-    assert sizes == [(4, 4)] * 4
+    assert sizes == [(4, 4, 4)] * 4
 
 
 @pytest.mark.parametrize("setting", [QUICK, SamplingSetting(guidance=3, channels="authors", scheduler="ddpm", steps=2)])
@@ -84,16 +86,20 @@ def test_samples_are_what_the_pipeline_makes_of_these_seeds(pipeline, setting):
 
 
 def test_guided_channels_reach_the_pipeline(pipeline, monkeypatch):
-    seen, plain = [], ClassConditionalPipeline._sample
+    seen, plain = [], ClassConditionalPipeline.denoise
 
-    def told(self, scheduler, labels, seeds, scale, channels, steps):
-        seen.append((type(scheduler).__name__, scale, channels, steps))
-        return plain(self, scheduler, labels, seeds, scale, channels, steps)
+    def told(self, guided, scheduler, steps, *rest):
+        seen.append((type(scheduler).__name__, guided.guidance, steps, rest[-2]))
+        return plain(self, guided, scheduler, steps, *rest)
 
-    monkeypatch.setattr(ClassConditionalPipeline, "_sample", told)
-    samples(pipeline, SamplingSetting(guidance=1.5, channels="authors", scheduler="ddpm", steps=2)).make(0, 4)
+    monkeypatch.setattr(ClassConditionalPipeline, "denoise", told)
+    some = {"guidance": 1.5, "guidance_schedule": "interval:high=0.5", "channels": "authors"}
+    samples(pipeline, SamplingSetting(**some, scheduler="ddpm", steps=2, cache="taylor:order=1")).make(0, 4)
     samples(pipeline, SamplingSetting(steps=2)).make(0, 4)
-    assert seen == [("DDPMScheduler", 1.5, "authors", 2), ("RespacedDDIMScheduler", 1.0, "all", 2)]
+    assert seen == [
+        ("DDPMScheduler", Guidance(1.5, Interval(0.1, 0.5), "authors"), 2, parse_cache("taylor:order=1")),
+        ("RespacedDDIMScheduler", Guidance(), 2, None),
+    ]
 
 
 def test_settings_do_not_meddle_with_one_another(pipeline):
@@ -130,7 +136,7 @@ def test_saved_modulation_is_kept_and_off_turns_it_off():
 def test_the_network_is_given_back_when_sampling_breaks_off(pipeline, monkeypatch):
     one = samples(pipeline, SamplingSetting(steps=2, amm="0", precision="bf16"))
     kept = pipeline.transformer
-    monkeypatch.setattr(ClassConditionalPipeline, "_sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(ClassConditionalPipeline, "denoise", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         one.make(0, 4)
     assert pipeline.transformer is kept
@@ -142,7 +148,8 @@ def test_facts_are_names_and_numbers_that_were_meant(pipeline):
     modulation = facts.pop("attention_modulation")
     assert (modulation["blocks"], modulation["formula"]) == ([0, 2], "exp")
     assert facts == {
-        "guidance": 1.0, "guided_channels": 3, "scheduler": "ddim", "steps": 50, "precision": "fp32", "cache": "none",
+        "guidance": 1.0, "guided_channels": 3, "scheduler": "ddim", "steps": 50, "guidance_schedule": "constant",
+        "precision": "fp32", "cache": "none",
     }  # fmt: skip
     other = samples(pipeline, SamplingSetting(scheduler="dpm++", amm="off")).facts()
     assert (other["scheduler"], other["steps"], other["attention_modulation"]) == ("dpm++", 20, None)

@@ -49,8 +49,8 @@ def test_the_schedulers_own_number_of_steps_is_a_value_too():
         (["steps=0"], ("steps=0", "integer of 1 or more")),
         (["steps=2.5"], ("steps=2.5", "integer of 1 or more")),
         (["scheduler=dimm"], ("'dimm'", "ddpm, ddim, dpm++", "did you mean 'ddim'?")),
-        (["cache=foo"], ("cache=foo", "expected none")),
-        (["precision=fp8"], ("precision=fp8", "fp32 or bf16 or fp16")),
+        (["cache=foo"], ("unknown cache 'foo'", "expected", "taylor")),
+        (["precision=fp9"], ("unknown precision 'fp9'", "fp32, bf16", "did you mean 'fp8'")),
         (["channels=two"], ("channels=two", "all or authors")),
     ],
 )

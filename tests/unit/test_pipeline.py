@@ -9,7 +9,13 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, FirstBlockCacheConfig
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    UniPCMultistepScheduler,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -21,7 +27,13 @@ from edt_diffusion.data.codec import VAECodec, load_vae, to_uint8
 from edt_diffusion.pipelines import make_scheduler
 from edt_diffusion.pipelines.guidance import combine
 from edt_diffusion.pipelines.loading import load_pipeline
-from edt_diffusion.pipelines.schedulers import SCHEDULERS, default_steps, fitting_schedulers, scheduler_like
+from edt_diffusion.pipelines.schedulers import (
+    SCHEDULERS,
+    default_steps,
+    fitting_schedulers,
+    scheduler_like,
+    scheduler_name,
+)
 from edt_diffusion.util.errors import UserError
 
 NAMES = ["cat", "dog", "horse", "ship", "truck"]
@@ -131,10 +143,10 @@ def test_guidance_one_costs_one_pass_and_more_costs_two():
     for scale in (0.0, 1.5):
         model.calls.clear()
         latents(pipeline, [1, 2, 3], num_inference_steps=3, guidance_scale=scale)
-        assert model.calls == [(6, t, [1, 2, 3, 5, 5, 5]) for t in (999, 500, 0)]
+        assert model.calls == [(6, t, [5, 5, 5, 1, 2, 3]) for t in (999, 500, 0)]
     model.calls.clear()
     latents(pipeline, [1, 2, 3], num_inference_steps=2, guidance_scale=2, batch_size=2)
-    assert model.calls == [(n, t, rows) for n, rows in ((4, [1, 2, 5, 5]), (2, [3, 5])) for t in (999, 0)]
+    assert model.calls == [(n, t, rows) for n, rows in ((4, [5, 5, 1, 2]), (2, [5, 3])) for t in (999, 0)]
 
 
 def test_guidance_multiplies_the_prediction_of_the_stub():
@@ -317,7 +329,13 @@ def test_stochastic_ddim_moments(eta):
 
 
 def test_scheduler_table():
-    kinds = {"ddpm": DDPMScheduler, "ddim": RespacedDDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+    kinds = {
+        "ddpm": DDPMScheduler,
+        "ddim": RespacedDDIMScheduler,
+        "dpm++": DPMSolverMultistepScheduler,
+        "dpm++sde": DPMSolverMultistepScheduler,
+        "unipc": UniPCMultistepScheduler,
+    }
     assert set(FITTING) == set(kinds)
     for name, kind in kinds.items():
         scheduler = make_scheduler(name, num_train_timesteps=500, beta_start=2e-4, beta_end=0.03)
@@ -325,6 +343,7 @@ def test_scheduler_table():
         np.testing.assert_allclose(
             scheduler.alphas_cumprod.numpy(), np.cumprod(1 - np.linspace(2e-4, 0.03, 500)), rtol=1e-4
         )
+        assert scheduler_name(scheduler) == name
         assert default_steps(scheduler) == SCHEDULERS[name].default_steps
         for other in kinds:
             twin = scheduler_like(other, scheduler, learned_variance=False)
@@ -337,7 +356,9 @@ def test_scheduler_table():
 def test_usual_numbers_of_steps():
     model = Stub()
     pipeline = pipeline_of(model)
-    for name, steps in (("ddpm", 250), ("ddim", 50), ("dpm++", 20), (None, 250)):
+    for name, steps in (
+        ("ddpm", 250), ("ddim", 50), ("dpm++", 20), ("dpm++sde", 25), ("unipc", 20), (None, 250),
+    ):
         model.calls.clear()
         pipeline([1], scheduler=name, output_type="latent")
         assert len(model.calls) == steps

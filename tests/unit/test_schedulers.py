@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
@@ -24,6 +25,7 @@ from edt_diffusion.pipelines.schedulers import (
     default_steps,
     prediction_type_of,
     scheduler_like,
+    scheduler_name,
     set_steps,
 )
 from edt_diffusion.util.errors import UserError
@@ -88,7 +90,12 @@ def test_v_gives_what_the_noise_gives(name):
     torch.testing.assert_close(as_v, as_noise, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "steps", "error"), [("ddpm", 1000, 0.06), ("ddim", 100, 0.06), ("dpm++", 20, 0.03)])
+@pytest.mark.parametrize(
+    ("name", "steps", "error"),
+    [
+        ("ddpm", 1000, 0.06), ("ddim", 100, 0.06), ("dpm++", 20, 0.03), ("dpm++sde", 100, 0.06), ("unipc", 20, 0.03),
+    ],
+)  # fmt: skip
 def test_v_reaches_the_data(name, steps, error):
     samples = gaussian(steps, name, "v_prediction").flatten()
     assert float(samples.mean()) == pytest.approx(MEAN, abs=5 * DEVIATION / 64)
@@ -151,11 +158,67 @@ def test_dpm_solver_needs_fewer_steps_than_euler():
     assert flow_error(80, "dpm++") < 0.006
 
 
-@pytest.mark.parametrize(("name", "error"), [("euler", 0.05), ("heun", 0.02), ("dpm++", 0.02)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("euler", 0.05), ("heun", 0.02), ("dpm++", 0.02), ("dpm++sde", 0.04), ("unipc", 0.02)]
+)
 def test_flow_reaches_the_data(name, error):
     samples = gaussian(50, name, "flow", count=4).flatten()
     assert float(samples.mean()) == pytest.approx(MEAN, abs=5 * DEVIATION / 128)
     assert float(samples.std()) == pytest.approx(DEVIATION, rel=error)
+
+
+@pytest.mark.parametrize("steps", [5, 12, 20, 40])
+def test_stochastic_dpm_solver_moments_against_their_recursion(steps):
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, its appendix on diffusion SDEs): each step is affine in x and in the x_0
+    estimated one step before, so mean and covariance of the two follow a recursion.
+
+    With lambda = log(alpha / sigma), h its step and D = x_0 + (x_0 - x_0') h / (2 h'):
+    x_t = (sigma_t / sigma) exp(-h) x + alpha_t (1 - exp(-2 h)) D + sigma_t sqrt(1 - exp(-2 h)) z.
+    """
+    log_sigmas = np.log(((1 - ALPHAS) / ALPHAS) ** 0.5)
+    grid = np.linspace(log_sigmas[-1], log_sigmas[0], steps)
+    told = np.interp(grid, log_sigmas, np.arange(1000)).round().astype(int)
+    sigmas = np.exp(grid)
+    mean, spread = np.zeros(2), np.diag([1.0, 0.0])  # of (x, x_0')
+    for step, sigma in enumerate(sigmas):
+        alpha, noise = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+        a = ALPHAS[told[step]]  # what the model is told is rounded
+        slope = (1 - a) ** 0.5 / (a * DEVIATION**2 + 1 - a)
+        x0 = np.array([(1 - noise * slope) / alpha, 0.0]), noise * slope * a**0.5 * MEAN / alpha
+        if step == steps - 1:
+            made = (x0[0] @ mean + x0[1], x0[0] @ spread @ x0[0])
+            break
+        after = sigmas[step + 1]
+        h = np.log(sigma / after)
+        alpha_t, noise_t = 1 / (1 + after**2) ** 0.5, after / (1 + after**2) ** 0.5
+        share = 0.0 if step == 0 else h / np.log(sigmas[step - 1] / sigma) / 2
+        weight = alpha_t * (1 - np.exp(-2 * h))
+        row = np.array([noise_t / noise * np.exp(-h), -weight * share]) + weight * (1 + share) * x0[0]
+        matrix, shift = np.stack([row, x0[0]]), np.array([weight * (1 + share) * x0[1], x0[1]])
+        mean, spread = matrix @ mean + shift, matrix @ spread @ matrix.T
+        spread[0, 0] += noise_t**2 * (1 - np.exp(-2 * h))
+    samples = gaussian(steps, "dpm++sde", "epsilon", count=8).flatten()
+    assert float(samples.mean()) == pytest.approx(made[0], abs=5 * math.sqrt(made[1] / len(samples)))
+    assert float(samples.var()) == pytest.approx(made[1], rel=5 * math.sqrt(2 / len(samples)))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_unipc_is_of_second_order(prediction):
+    """The probability-flow solution: x_t = sqrt(a) mean + sqrt(a d^2 + 1 - a) z with one z for all t."""
+    last = ALPHAS[-1]
+    exact = MEAN + DEVIATION * (initial() - last**0.5 * MEAN) / (last * DEVIATION**2 + 1 - last) ** 0.5
+    errors = [float((gaussian(steps, "unipc", prediction) - exact).abs().max()) for steps in (10, 20, 40, 80)]
+    assert errors[1] / errors[2] > 3  # a method of first order gains 2
+    assert errors[3] < 0.002
+    assert errors[1] < 0.1 * float((gaussian(20, "ddim", prediction) - exact).abs().max())
+
+
+def test_unipc_tells_the_nearest_step():
+    model = ExactGaussian("epsilon")
+    pipeline_of(model, "unipc", "epsilon")(seeds=[0], num_inference_steps=7, output_type="latent")
+    log_sigmas = np.log(((1 - ALPHAS) / ALPHAS) ** 0.5)
+    even = np.linspace(log_sigmas[-1], log_sigmas[0], 7)
+    assert model.times == np.interp(even, log_sigmas, np.arange(1000)).round().tolist()
 
 
 def test_the_model_is_told_the_level_that_the_sampler_is_at():
@@ -193,14 +256,16 @@ def test_a_picture_depends_on_its_own_seed_only(prediction, name):
 
 
 def test_what_fits_what():
-    discrete = ["ddpm", "ddim", "dpm++"]
+    discrete = ["ddpm", "ddim", "dpm++", "dpm++sde", "unipc"]
     assert fitting_schedulers("epsilon") == fitting_schedulers("v_prediction") == discrete
-    assert fitting_schedulers("flow") == ["dpm++", "euler", "heun"]
+    assert fitting_schedulers("flow") == ["dpm++", "dpm++sde", "unipc", "euler", "heun"]
     assert [default_scheduler(kind) for kind in ("epsilon", "v_prediction", "flow")] == ["ddim", "ddim", "euler"]
     kinds = {
         "ddpm": DDPMScheduler,
         "ddim": RespacedDDIMScheduler,
         "dpm++": DPMSolverMultistepScheduler,
+        "dpm++sde": DPMSolverMultistepScheduler,
+        "unipc": UniPCMultistepScheduler,
         "euler": FlowMatchEulerDiscreteScheduler,
         "heun": FlowMatchHeunDiscreteScheduler,
     }
@@ -209,6 +274,7 @@ def test_what_fits_what():
         for name in fitting_schedulers(prediction):
             scheduler = make_scheduler(name, prediction_type=prediction)
             assert type(scheduler) is kinds[name]
+            assert scheduler_name(scheduler) == scheduler_name(type(scheduler).from_config(scheduler.config)) == name
             assert prediction_type_of(scheduler) == prediction
             assert default_steps(scheduler) == SCHEDULERS[name].default_steps
             assert prediction_type_of(type(scheduler).from_config(dict(scheduler.config))) == prediction
@@ -217,7 +283,11 @@ def test_what_fits_what():
 @pytest.mark.parametrize(
     ("name", "prediction", "message"),
     [
-        ("ddpm", "flow", "'ddpm' cannot sample a model that predicts 'flow': choose dpm\\+\\+ or euler or heun"),
+        (
+            "ddpm",
+            "flow",
+            "'ddpm' cannot sample a model that predicts 'flow': choose dpm\\+\\+ or dpm\\+\\+sde or unipc or euler",
+        ),
         ("ddim", "flow", "'ddim' cannot sample"),
         ("euler", "epsilon", "'euler' cannot sample a model that predicts 'epsilon': choose ddpm or ddim or dpm\\+\\+"),
         ("heun", "v_prediction", "'heun' cannot sample"),

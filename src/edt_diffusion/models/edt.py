@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..nn.adaln import NORM_EPS, AdaLayerNorm, Modulation, modulate
 from ..nn.attention import GridAttention
-from ..nn.embeddings import PatchEmbed, sincos_position_table, unpatchify
+from ..nn.embeddings import PatchEmbed, embed_classes, sincos_position_table, unpatchify
 from ..nn.modulation import AttentionModulation
 from ..nn.resample import merge_2x2, split_2x2
 from ..util.lookup import lookup
@@ -309,7 +309,8 @@ class EDTTransformer2DModel(
         Args:
             hidden_states: (B, in_channels, H, W), the noisy input.
             timestep: (B,), or one number for all; the original index in 0 ... num_train_timesteps - 1.
-            class_labels: (B,) int64 in 0 ... num_classes (num_classes = null label); None for unconditional models.
+            class_labels: (B,) int64 in 0 ... num_classes (num_classes = null label); or (B, num_classes + 1), weights of
+                the rows of the class table; None for unconditional models.
             token_masks: acts whenever given.
             return_dict: False returns a tuple.
 
@@ -326,7 +327,7 @@ class EDTTransformer2DModel(
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
         temb = self._embed_timestep(timestep, hidden_states)  # (B, D)
         if self.class_embedder is not None:
-            temb = temb + self.class_embedder(class_labels)
+            temb = temb + embed_classes(self.class_embedder, class_labels)
 
         # Contiguous like the output of every block: a compiled block would otherwise be compiled for two layouts.
         hidden_states = (self.patch_embed(hidden_states) + self.pos_embed).contiguous()  # (B, N, D)
@@ -436,13 +437,15 @@ class EDTTransformer2DModel(
         if isinstance(timestep, Tensor) and tuple(timestep.shape) not in ((), (1,), (batch,)):
             raise ValueError(f"timestep of shape {tuple(timestep.shape)}: expected one number, or ({batch},)")
         # A wrong count would broadcast silently.
-        if class_labels is not None and tuple(class_labels.shape) != (batch,):
-            raise ValueError(f"class_labels of shape {tuple(class_labels.shape)}: expected ({batch},), one per image")
+        mixed = class_labels is not None and class_labels.is_floating_point()
+        fitting = (batch, (classes or 0) + 1) if mixed else (batch,)
+        if class_labels is not None and tuple(class_labels.shape) != fitting:
+            raise ValueError(f"class_labels of shape {tuple(class_labels.shape)}: expected {fitting}, one per image")
         if (class_labels is None) != (classes is None):
             problem = "needs class_labels" if class_labels is None else "is unconditional and takes no class_labels"
             raise ValueError(f"this model {problem} (num_classes={classes})")
         # On an accelerator the check would wait for the device in every forward; a traced graph cannot hold it.
-        if torch.compiler.is_compiling() or class_labels is None or class_labels.device.type != "cpu":
+        if torch.compiler.is_compiling() or class_labels is None or mixed or class_labels.device.type != "cpu":
             return
         if class_labels.numel():
             low, high = int(class_labels.min()), int(class_labels.max())

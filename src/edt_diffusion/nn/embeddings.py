@@ -50,3 +50,8 @@ def unpatchify(tokens: Tensor, patch_size: int, grid: tuple[int, int], channels:
     patches = tokens.reshape(-1, height, width, patch_size, patch_size, channels)
     image = patches.permute(0, 5, 1, 3, 2, 4)  # B, channels, h, p, w, p
     return image.reshape(-1, channels, height * patch_size, width * patch_size)
+
+
+def embed_classes(table: nn.Embedding, labels: Tensor) -> Tensor:
+    """Rows of a class table for int64 labels (B,); or their mixtures by weights (B, rows): -> (B, D)."""
+    return labels.to(table.weight.dtype) @ table.weight if labels.is_floating_point() else table(labels)

@@ -1,7 +1,9 @@
 """The diffusers pipeline: class names in, pictures out."""
 
+import inspect
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,19 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .. import models as _models  # noqa: F401  (diffusers opens only parts whose modules are imported)
+from ..caching import CacheSetting, feature_cache, parse_cache, reset
 from ..data.codec import Codec, LatentScaling, PixelCodec, VAECodec, to_uint8
 from ..data.vae import forget_source
 from ..util.errors import UserError
 from ..util.lookup import nearest
 from ..util.pictures import to_pil
 from ..util.rng import image_generators
-from .guidance import combine
-from .schedulers import default_steps, scheduler_like, set_steps
+from .acceleration import Acceleration, choose_acceleration
+from .guidance import Guidance, GuidedNetwork, parse_schedule
+from .schedulers import default_steps, predicted_original, prediction_type_of, scheduler_like, set_steps
 
-# "authors" guides the first three channels only, as the released DiT, MDT and EDT samplers do on four-channel latents.
-GUIDANCE_CHANNELS: dict[str, int | None] = {"all": None, "authors": 3}
+# Called after each step: (pipeline, step, timestep, {"latents": x_t, "predicted": estimate of x_0}) -> replacements.
+StepCallback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass
@@ -137,6 +141,46 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise UserError(f"class number {label}: this model has classes 0 to {count - 1}")
         return label
 
+    def enable_acceleration(self, name: str) -> None:
+        """Choose scheduler, steps and feature cache together for calls that name none of their own.
+
+        Args:
+            name: "exact" (as trained, no approximation but the steps), "balanced" (a fast solver) or "fast" (a fast
+                solver and a feature cache); see `pipelines.acceleration`.
+
+        Raises:
+            UserError: another name.
+        """
+        self._acceleration = choose_acceleration(name, prediction_type_of(self.scheduler))
+
+    def disable_acceleration(self) -> None:
+        """Sample by the pipeline's own scheduler again, without a cache."""
+        self._acceleration = None
+
+    @property
+    def acceleration(self) -> Acceleration | None:
+        """What `enable_acceleration` chose."""
+        return self._acceleration
+
+    _acceleration: Acceleration | None = None
+
+    def sampler(self, scheduler: str | None = None, num_inference_steps: int | None = None) -> tuple[Any, int]:
+        """The scheduler that a call with these arguments uses, and its number of steps.
+
+        Raises:
+            UserError: a scheduler that is unknown or does not fit, or steps out of range.
+        """
+        chosen = self._acceleration
+        if scheduler is None and chosen is not None:
+            scheduler = chosen.scheduler
+            num_inference_steps = chosen.steps if num_inference_steps is None else num_inference_steps
+        sampler = self.scheduler if scheduler is None else scheduler_like(scheduler, self.scheduler, self._learns_sigma)
+        steps = default_steps(sampler) if num_inference_steps is None else num_inference_steps
+        longest = sampler.config["num_train_timesteps"]
+        if steps > longest:
+            raise UserError(f"num_inference_steps={steps}: the model's noising process has {longest} steps")
+        return sampler, steps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -150,27 +194,41 @@ class ClassConditionalPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        guidance: str | Guidance = "constant",
+        cache: str | CacheSetting | None = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> ClassConditionalOutput | tuple[Any]:
         """Sample one picture per entry of `class_labels`.
 
         Args:
-            class_labels: class names or numbers, one per picture; None for unconditional models.
+            class_labels: class names or numbers, one per picture; a float tensor (N, classes + 1) of weights, as
+                `class_weights` makes, to mix classes; None for unconditional models.
             guidance_scale: 1 is off and costs one pass a step; larger values follow the class more closely.
             num_inference_steps: None for the scheduler's usual number.
             seeds: one integer per picture; None draws them at random (they are returned).
-            scheduler: "ddpm", "ddim", "dpm++", for flow models "euler", "heun", "dpm++"; None uses the pipeline's own.
+            scheduler: a name of `pipelines.SCHEDULERS`: "ddpm", "ddim", "dpm++", "dpm++sde", "unipc", for flow models
+                "euler", "heun", "dpm++", "dpm++sde", "unipc"; None uses the pipeline's own.
             guidance_channels: "all", or "authors" for the three-channel form of the released samplers.
             num_images: number of pictures of an unconditional model (default: as many as seeds, or 1).
             batch_size: pictures computed and decoded at once; None is all.
             output_type: "pil", "uint8" (N, H, W, C), "np" (the same in [0, 1]), "pt" (N, C, H, W in [-1, 1]), or
                 "latent" (what the transformer produced).
             return_dict: False returns the tuple (images,).
+            guidance: how the scale changes over the steps, such as "interval:low=0.2,high=0.8" or "power-cosine"; or a
+                whole `Guidance` (then `guidance_scale` and `guidance_channels` are its own).
+            cache: a feature cache such as "taylor" or "taylor:interval=4,order=2"; "none" for none. None is what
+                `enable_acceleration` chose, or a cache enabled on the transformer by its own `enable_cache`.
+            latents: (N, C, H, W), initial noise of unit deviation in place of that drawn from the seeds.
+            callback_on_step_end: called after each step of a batch with (pipeline, step, timestep, values); values has
+                "latents" (x_t) and "predicted" (the estimate of x_0), both (B, C, H, W) float32. What it returns
+                under "latents" replaces x_t.
 
         Raises:
             UserError: for unknown classes, counts that differ, an unknown option, or a scheduler that does not fit what
                 the model predicts.
         """
-        labels = self.resolve_labels(class_labels)
+        labels = self._conditions(class_labels)
         for name, number in (
             ("num_inference_steps", num_inference_steps), ("batch_size", batch_size), ("num_images", num_images),
         ):  # fmt: skip
@@ -184,69 +242,132 @@ class ClassConditionalPipeline(DiffusionPipeline):
             seeds = torch.randint(2**31, (count,)).tolist()
         if len(seeds) != count:
             raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed per picture")
-        if guidance_channels not in GUIDANCE_CHANNELS:
-            raise UserError(f"guidance_channels={guidance_channels!r}: expected {' or '.join(GUIDANCE_CHANNELS)}")
-        if guidance_scale < 0:
-            raise UserError(f"guidance_scale={guidance_scale:g}: expected 0 or more (1 is off)")
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(guidance_scale, parse_schedule(guidance), guidance_channels)
         if output_type not in ("pil", "uint8", "np", "pt", "latent"):
             raise UserError(f"output_type={output_type!r}: expected pil, uint8, np, pt or latent")
-        sampler = self.scheduler if scheduler is None else scheduler_like(scheduler, self.scheduler, self._learns_sigma)
-        steps = default_steps(sampler) if num_inference_steps is None else num_inference_steps
-        longest = sampler.config["num_train_timesteps"]
-        if steps > longest:
-            raise UserError(f"num_inference_steps={steps}: the model's noising process has {longest} steps")
+        sampler, steps = self.sampler(scheduler, num_inference_steps)
+        if latents is not None and tuple(latents.shape) != (count, *self.sample_shape):
+            raise UserError(f"latents of shape {tuple(latents.shape)}: expected {(count, *self.sample_shape)}")
+        setting = parse_cache(self._acceleration.cache if cache is None and self._acceleration else cache)
         batches = []
         for start in range(0, count, batch_size or count):
             part = slice(start, start + (batch_size or count))
-            part_labels = None if labels is None else labels[part]
-            batches.append(
-                self._sample(sampler, part_labels, list(seeds)[part], guidance_scale, guidance_channels, steps)
+            generators = image_generators(list(seeds)[part])
+            # Drawn one by one in float32 on the CPU: a picture depends on its seed alone, not on its batch or device.
+            noise = [torch.randn(self.sample_shape, generator=generator) for generator in generators]
+            sample = torch.stack(noise) if latents is None else latents[part].float()
+            sample = (sample * getattr(sampler, "init_noise_sigma", 1.0)).to(self._execution_device)
+            guided = GuidedNetwork(
+                self.transformer,
+                None if labels is None else labels[part].to(self._execution_device),
+                guidance,
+                sampler.config["num_train_timesteps"],
             )
-        latents = torch.cat(batches)
-        images = latents if output_type == "latent" else self._finish(latents, output_type, batch_size or count)
+            batches.append(self.denoise(guided, sampler, steps, sample, generators, setting, callback_on_step_end))
+        made = torch.cat(batches)
+        images = made if output_type == "latent" else self.decode(made, output_type, batch_size or count)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        return ClassConditionalOutput(images=images, class_labels=labels, seeds=list(seeds))
+        hard = None if labels is None or labels.is_floating_point() else labels.tolist()
+        return ClassConditionalOutput(images=images, class_labels=hard, seeds=list(seeds))
+
+    def denoise(
+        self,
+        guided: GuidedNetwork,
+        scheduler: Any,
+        steps: int,
+        sample: Tensor,
+        generators: list[torch.Generator],
+        cache: CacheSetting | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Tensor:
+        """All steps of one batch, from noise to x_0.
+
+        Args:
+            guided: the network with its labels and guidance.
+            scheduler: a diffusers scheduler.
+            steps: number of steps.
+            sample: (B, C, H, W) float32 at the level of the first step.
+            generators: one per picture, of the scheduler's noise.
+            cache: reuse of features, see `caching`.
+            callback_on_step_end: see `__call__`.
+
+        Returns:
+            (B, C, H, W), float32.
+
+        Raises:
+            UserError: fewer steps than the scheduler needs, or a cache that does not fit.
+        """
+        network, channels = guided.network, sample.shape[1]
+        takes_variance = getattr(scheduler.config, "variance_type", None) == "learned_range"
+        set_steps(scheduler, steps, self._execution_device)
+        if int(scheduler.timesteps[0]) == 0:  # nothing would be denoised
+            raise UserError(f"num_inference_steps={steps}: this scheduler needs at least 2")
+        reset(network)  # else features of the batch before would be reused
+        timesteps = scheduler.timesteps
+        noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        halves = guided.doubled and all(guided.scale_at(timestep) != 1.0 for timestep in timesteps)
+        self._timestep = timesteps[0]
+        # Several passes of a step (Heun) count as steps: each is one evaluation of the network.
+        with feature_cache(network, cache, len(timesteps), lambda: int(self._timestep), guided=halves):
+            for step, timestep in enumerate(self.progress_bar(timesteps)):  # pyright: ignore[reportCallIssue, reportArgumentType, reportGeneralTypeIssues]
+                self._timestep = timestep
+                output = guided(sample, timestep)
+                if not takes_variance:
+                    output = output[:, :channels]
+                before = sample
+                sample = scheduler.step(output, timestep, sample, **noise, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    predicted = predicted_original(scheduler, output[:, :channels], before, timestep)
+                    values = {"latents": sample, "predicted": predicted}
+                    sample = (callback_on_step_end(self, step, float(timestep), values) or {}).get("latents", sample)
+        return sample
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network denoises."""
+        size = self.transformer.config.sample_size
+        return self.transformer.config.in_channels, *((size, size) if isinstance(size, int) else size)
 
     @property
     def _learns_sigma(self) -> bool:
         return self.transformer.config.learn_sigma
 
-    def _sample(
-        self, scheduler: Any, labels: list[int] | None, seeds: list[int], scale: float, channels: str, steps: int
-    ) -> Tensor:
-        model, device = self.transformer, self._execution_device
-        size = model.config.sample_size
-        shape = (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
-        generators = image_generators(seeds)
-        # Drawn one by one in float32 on the CPU: a picture depends on its seed alone, not on its batch or the device.
-        sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        sample = (sample * getattr(scheduler, "init_noise_sigma", 1.0)).to(device)
-        guided = scale != 1.0 and labels is not None
-        condition = None if labels is None else torch.tensor(labels, device=device)
-        if guided:
-            condition = torch.cat([condition, torch.full_like(condition, model.null_label)])  # pyright: ignore[reportArgumentType]
-        takes_variance = getattr(scheduler.config, "variance_type", None) == "learned_range"
-        noise_channels = shape[0]
-        guided_channels = min(GUIDANCE_CHANNELS[channels] or noise_channels, noise_channels)
-        set_steps(scheduler, steps, device)
-        if int(scheduler.timesteps[0]) == 0:  # nothing would be denoised
-            raise UserError(f"num_inference_steps={steps}: this scheduler needs at least 2")
-        if model.is_cache_enabled:
-            model._reset_stateful_cache()  # else the features of the batch before would be reused
-        for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
-            batch = torch.cat([sample, sample]) if guided else sample
-            with model.cache_context("cond_uncond"):
-                output = model(
-                    hidden_states=batch.to(model.dtype), timestep=timestep, class_labels=condition, return_dict=False
-                )[0].float()
-            if guided:
-                output = combine(*output.chunk(2), scale, guided_channels)
-            if not takes_variance:
-                output = output[:, :noise_channels]
-            sample = scheduler.step(output, timestep, sample, generator=generators, return_dict=False)[0]
-        return sample
+    def class_weights(self, mixtures: Sequence[Mapping[int | str, float]]) -> Tensor:
+        """Weights of the rows of the class table, for pictures between classes.
+
+        Args:
+            mixtures: for each picture its classes, by name or number, with their weights.
+
+        Returns:
+            float32 (N, classes + 1), to be given as `class_labels`.
+
+        Raises:
+            UserError: an unknown class, an unconditional model, or weights that are not finite.
+        """
+        count = self.transformer.config.num_classes
+        if count is None:
+            raise UserError("this model is unconditional: there are no classes to mix")
+        weights = torch.zeros(len(mixtures), count + 1)
+        for row, mixture in enumerate(mixtures):
+            for entry, weight in mixture.items():
+                if not math.isfinite(weight):
+                    raise UserError(f"weight {weight} of class {entry!r}: expected a finite number, such as 0.5")
+                weights[row, self._label(entry, count)] += weight
+        return weights
+
+    def _conditions(self, classes: Any) -> Tensor | None:
+        """Labels as int64 (N,), or weights as float32 (N, classes + 1)."""
+        if isinstance(classes, Tensor) and classes.is_floating_point():
+            count = self.transformer.config.num_classes
+            if count is None or classes.ndim != 2 or classes.shape[1] != count + 1:
+                expected = "no classes" if count is None else f"(N, {count + 1}), a weight per class and one for none"
+                raise UserError(f"class weights of shape {tuple(classes.shape)}: this model takes {expected}")
+            return classes.float()
+        labels = self.resolve_labels(classes)
+        return None if labels is None else torch.tensor(labels, dtype=torch.int64)
 
     def _codec(self, channels: int) -> Codec:
         scaling = _measured(self.config["latents_mean"], self.config["latents_std"], channels)
@@ -258,7 +379,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         return PixelCodec(channels)
 
-    def _finish(self, latents: Tensor, output_type: str, batch_size: int) -> Any:
+    def decode(self, latents: Tensor, output_type: str = "uint8", batch_size: int | None = None) -> Any:
+        """Pictures of what the network made; `output_type` as for `__call__`."""
+        batch_size = batch_size or len(latents)
         codec = self._codec(latents.shape[1])
         # After all sampling, and not batch by batch with it: an offloaded model would be moved back and forth.
         decoded = (codec.decode(batch) for batch in latents.split(batch_size))

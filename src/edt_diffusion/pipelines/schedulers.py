@@ -5,8 +5,9 @@ A model predicts one of three things, which its sampler must be told (`predictio
 is the table to extend.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
@@ -158,7 +160,7 @@ def _ddim(process: Process) -> RespacedDDIMScheduler:
     return RespacedDDIMScheduler(**process.betas(), clip_sample=process.clip_sample)
 
 
-def _dpm_solver(process: Process) -> DPMSolverMultistepScheduler:
+def _dpm_solver(process: Process, algorithm: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++") -> DPMSolverMultistepScheduler:
     # Steps even in log-SNR: with even timesteps the last one jumps from t = 50 or more to 0, and at 20 steps the spread
     # of exact Gaussian data comes out 14 % too small (1.5 % this way). Straight paths have no such end, and take even
     # steps. Dynamic thresholding with a largest value of 1 is clamping to [-1, 1].
@@ -173,10 +175,25 @@ def _dpm_solver(process: Process) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(
         **settings,
         beta_schedule="linear",
-        algorithm_type="dpmsolver++",
+        algorithm_type=algorithm,
         solver_order=2,
         thresholding=process.clip_sample,
         sample_max_value=1.0,
+    )
+
+
+def _unipc(process: Process) -> UniPCMultistepScheduler:
+    # "Exponential" steps are even in log-SNR, like those above.
+    settings: dict[str, Any] = {**process.betas(), "use_exponential_sigmas": True}
+    if process.prediction_type == "flow":
+        settings = {
+            "num_train_timesteps": process.num_train_timesteps,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": process.shift,
+        }
+    return UniPCMultistepScheduler(
+        **settings, beta_schedule="linear", solver_order=2, thresholding=process.clip_sample, sample_max_value=1.0
     )
 
 
@@ -197,21 +214,47 @@ class SchedulerChoice:
         kind: the class that it makes.
         default_steps: steps used when none are asked for.
         predictions: what a model may predict to be sampled by it.
+        config: entries that tell it from others of its class.
     """
 
     make: Callable[[Process], Any]
     kind: type
     default_steps: int
     predictions: tuple[str, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def made(self, scheduler: Any) -> bool:
+        """Whether a scheduler is of this kind."""
+        return isinstance(scheduler, self.kind) and all(
+            scheduler.config.get(name) == value for name, value in self.config.items()
+        )
 
 
+_STEPPED = ("epsilon", "v_prediction")
+_SDE = "sde-dpmsolver++"
 SCHEDULERS: dict[str, SchedulerChoice] = {
-    "ddpm": SchedulerChoice(_ddpm, DDPMScheduler, 250, ("epsilon", "v_prediction")),
-    "ddim": SchedulerChoice(_ddim, RespacedDDIMScheduler, 50, ("epsilon", "v_prediction")),
-    "dpm++": SchedulerChoice(_dpm_solver, DPMSolverMultistepScheduler, 20, PREDICTION_TYPES),
+    "ddpm": SchedulerChoice(_ddpm, DDPMScheduler, 250, _STEPPED),
+    "ddim": SchedulerChoice(_ddim, RespacedDDIMScheduler, 50, _STEPPED),
+    "dpm++": SchedulerChoice(
+        _dpm_solver, DPMSolverMultistepScheduler, 20, PREDICTION_TYPES, {"algorithm_type": "dpmsolver++"}
+    ),
+    "dpm++sde": SchedulerChoice(
+        partial(_dpm_solver, algorithm=_SDE),
+        DPMSolverMultistepScheduler,
+        25,
+        PREDICTION_TYPES,
+        {"algorithm_type": _SDE},
+    ),
+    "unipc": SchedulerChoice(_unipc, UniPCMultistepScheduler, 20, PREDICTION_TYPES),
     "euler": SchedulerChoice(_euler, FlowMatchEulerDiscreteScheduler, 50, ("flow",)),
     "heun": SchedulerChoice(_heun, FlowMatchHeunDiscreteScheduler, 25, ("flow",)),
 }
+
+
+def scheduler_name(scheduler: Any) -> str:
+    """The name in `SCHEDULERS` of a scheduler, or that of its class."""
+    known = (name for name, choice in SCHEDULERS.items() if choice.made(scheduler))
+    return next(known, type(scheduler).__name__)
 
 
 def fitting_schedulers(prediction_type: str) -> list[str]:
@@ -270,6 +313,23 @@ def prediction_type_of(scheduler: Any) -> str:
     return "flow" if told == "flow_prediction" else told
 
 
+def predicted_original(scheduler: Any, output: Tensor, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    """The estimate of x_0 behind a prediction (B, C, H, W) at x_t = `sample`, clamped where the scheduler clamps."""
+    told = prediction_type_of(scheduler)
+    if told == "flow":
+        level = float(timestep) / scheduler.config["num_train_timesteps"]
+        original = sample - level * output
+    else:
+        kept = float(scheduler.alphas_cumprod[int(timestep)])
+        noise = (1 - kept) ** 0.5
+        if told == "v_prediction":
+            original = kept**0.5 * sample - noise * output
+        else:
+            original = (sample - noise * output) / kept**0.5
+    clip = scheduler.config.get("clip_sample", False) or scheduler.config.get("thresholding", False)
+    return original.clamp(-1, 1) if clip else original
+
+
 def scheduler_like(name: str, other: Any, learned_variance: bool) -> Any:
     """The scheduler called `name` for the process and prediction of an existing one, with its clipping and shift.
 
@@ -290,7 +350,7 @@ def scheduler_like(name: str, other: Any, learned_variance: bool) -> Any:
 
 def default_steps(scheduler: Any) -> int:
     """Steps used when a caller names none, by the scheduler's kind."""
-    return next((choice.default_steps for choice in SCHEDULERS.values() if isinstance(scheduler, choice.kind)), 50)
+    return next((choice.default_steps for choice in SCHEDULERS.values() if choice.made(scheduler)), 50)
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> None:
@@ -304,3 +364,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str = "cpu") ->
         # It rounds the time that the model is told down to an integer, as if there were steps.
         told = scheduler.sigmas[:-1] * scheduler.config["num_train_timesteps"]
         scheduler.timesteps = told.to(device)
+    elif scheduler.config.get("use_exponential_sigmas", False):
+        # Rounded down, not to the nearest, by a class that rounds other spacings rightly.
+        levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().log().numpy()
+        times = np.interp(scheduler.sigmas[:-1].log().numpy(), levels, np.arange(len(levels)))
+        scheduler.timesteps = torch.from_numpy(times.round()).to(device, torch.int64)

@@ -2,22 +2,20 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..pipelines import ClassConditionalPipeline
-from ..pipelines.class_conditional import GUIDANCE_CHANNELS
+from ..pipelines.guidance import GUIDANCE_CHANNELS
 from ..pipelines.modulation import choose_modulation
-from ..pipelines.schedulers import SCHEDULERS, default_steps, scheduler_like, set_steps
+from ..pipelines.precision import in_precision
+from ..pipelines.schedulers import default_steps, scheduler_like, scheduler_name, set_steps
 from ..util.errors import UserError
 from ..util.rng import image_seed
 from .settings import SamplingSetting
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Samples:
@@ -29,7 +27,9 @@ class Samples:
         labels: int64 (N,), or None for an unconditional model.
         count: N.
         seed: picture i is made from `image_seed(seed, i)`.
-        batch: pictures computed at once. Batches are always full, so that no picture depends on where a range ends.
+        batch: pictures computed at once. Batches are always full and begin at multiples of `batch`, so that no picture
+            depends on where a range begins or ends.
+        seeds: one per picture, in place of those.
 
     Raises:
         UserError: the setting does not fit the model or the machine.
@@ -43,11 +43,11 @@ class Samples:
         count: int,
         seed: int = 0,
         batch: int = 64,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.pipeline, self.setting, self.labels = pipeline, setting, labels
-        self.count, self.seed, self.batch = count, seed, batch
-        if setting.precision == "fp16" and pipeline.device.type == "cpu":
-            raise UserError("precision=fp16: a CPU computes it a hundred times slower: use fp32 or bf16")
+        self.count, self.seed, self.batch, self.seeds = count, seed, batch, seeds
+        self._converted: Any = None  # the network in the wanted precision
         if labels is None and setting.guidance != 1.0:
             raise UserError(f"guidance={setting.guidance:g}: this model is unconditional and cannot be guided: use 1")
         sampler = self._scheduler()
@@ -71,9 +71,14 @@ class Samples:
         """Pictures `start` to `stop` - 1, uint8 (N, H, W, C), and the seconds that they took."""
         begun = time.perf_counter()
         with self._prepared():
-            starts = range(start, stop, self.batch)
-            pictures = np.concatenate([self._batch(first, min(first + self.batch, stop)) for first in starts])
-        return pictures, time.perf_counter() - begun
+            first = start - start % self.batch
+            starts = range(first, stop, self.batch)
+            pictures = np.concatenate([self._batch(begin, min(begin + self.batch, self.count)) for begin in starts])
+        return pictures[start - first : stop - first], time.perf_counter() - begun
+
+    def seed_of(self, number: int) -> int:
+        """The seed of picture `number`."""
+        return image_seed(self.seed, number) if self.seeds is None else self.seeds[number]
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says of the sampling: names and numbers that were meant, not the words given."""
@@ -82,7 +87,8 @@ class Samples:
         return {
             "guidance": self.setting.guidance,
             "guided_channels": GUIDANCE_CHANNELS[self.setting.channels] or "all",
-            "scheduler": _scheduler_name(self._scheduler()),
+            "guidance_schedule": self.setting.guidance_schedule,
+            "scheduler": scheduler_name(self._scheduler()),
             "steps": self.steps,
             "attention_modulation": None if modulation is None else {
                 "blocks": list(modulation.blocks), "formula": modulation.formula, "radius": modulation.radius,
@@ -106,8 +112,10 @@ class Samples:
             guidance_channels=self.setting.channels,
             num_inference_steps=self.steps,
             scheduler=self.setting.scheduler,
-            seeds=[image_seed(self.seed, number) for number in numbers],
+            seeds=[self.seed_of(number) for number in numbers],
             output_type="uint8",
+            guidance=self.setting.guidance_schedule,
+            cache=self.setting.cache,
         ).images  # pyright: ignore[reportAttributeAccessIssue]
         return images[: stop - start]
 
@@ -115,13 +123,10 @@ class Samples:
     def _prepared(self) -> Iterator[Any]:
         """The pipeline with the network in the wanted precision and modulation; yields the network."""
         kept = self.pipeline.transformer
-        dtype = _DTYPES[self.setting.precision]
-        network = kept
-        if kept.dtype != dtype:
-            # From the original every time: what a lower precision has rounded does not come back.
-            network = getattr(self, "_cast", None)
-            if network is None:
-                network = self._cast = copy.deepcopy(kept).to(dtype)
+        network = self._converted
+        if network is None:
+            # From the original: what a lower precision has rounded does not come back.
+            network = self._converted = in_precision(kept, self.setting.precision)
         before = network.attention_modulation
         self.pipeline.transformer = network
         try:
@@ -130,9 +135,3 @@ class Samples:
         finally:
             network._set_modulation(before)
             self.pipeline.transformer = kept
-
-
-def _scheduler_name(scheduler: Any) -> str:
-    """Our name of a scheduler, or that of its class."""
-    known = (name for name, choice in SCHEDULERS.items() if isinstance(scheduler, choice.kind))
-    return next(known, type(scheduler).__name__)

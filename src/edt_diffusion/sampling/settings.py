@@ -6,11 +6,12 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..caching import parse_cache
 from ..pipelines import SCHEDULERS
+from ..pipelines.guidance import parse_schedule, schedule_word
+from ..pipelines.precision import PRECISIONS
 from ..util.errors import UserError
 from ..util.lookup import lookup, nearest
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class SamplingSetting(BaseModel):
@@ -18,23 +19,25 @@ class SamplingSetting(BaseModel):
 
     Attributes:
         guidance: scale of classifier-free guidance; 1 is off.
+        guidance_schedule: how it changes over the steps, as `pipelines.guidance.parse_schedule` takes it.
         channels: "all", or "authors" for guidance of the first three channels.
         scheduler: a name of `pipelines.SCHEDULERS`; None is the pipeline's own.
         steps: None is the scheduler's usual number.
         amm: attention modulation, as `pipelines.modulation.choose_modulation` takes it.
-        precision: of the network; the autoencoder works in float32.
-        cache: feature cache; "none" is the only one there is.
+        precision: a name of `pipelines.precision.PRECISIONS`, of the network; the autoencoder works in float32.
+        cache: feature cache, as `caching.parse_cache` takes it; "none" is off.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     guidance: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    guidance_schedule: str = "constant"
     channels: Literal["all", "authors"] = "all"
     scheduler: str | None = None
     steps: int | None = Field(default=None, ge=1)
     amm: str = "saved"
-    precision: Precision = "fp32"
-    cache: Literal["none"] = "none"
+    precision: str = "fp32"
+    cache: str = "none"
 
     @field_validator("scheduler")
     @classmethod
@@ -42,6 +45,23 @@ class SamplingSetting(BaseModel):
         if name is not None:
             lookup(SCHEDULERS, name, "scheduler")
         return name
+
+    @field_validator("precision")
+    @classmethod
+    def _known_precision(cls, name: str) -> str:
+        lookup(PRECISIONS, name, "precision")
+        return name
+
+    @field_validator("guidance_schedule")
+    @classmethod
+    def _known_schedule(cls, word: str) -> str:
+        return schedule_word(parse_schedule(word))
+
+    @field_validator("cache")
+    @classmethod
+    def _known_cache(cls, word: str) -> str:
+        setting = parse_cache(word.replace("+", ","))
+        return "none" if setting is None else str(setting)
 
     @staticmethod
     def shown(axis: str, value: Any) -> str:
@@ -67,7 +87,8 @@ def parse_sweep(words: Sequence[str], base: Mapping[str, Any]) -> tuple[list[Sam
     """Every combination of the values that a sweep names.
 
     Args:
-        words: such as ["guidance=1,1.5,2", "amm=off,on"]; several blocks of attention modulation are joined by "+".
+        words: such as ["guidance=1,1.5,2", "amm=off,on"]; what belongs to one value is joined by "+": blocks of
+            attention modulation, settings of a cache ("cache=none,taylor:interval=4+order=2").
         base: fields of `SamplingSetting` for what the sweep does not vary.
 
     Returns:
