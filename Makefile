@@ -25,8 +25,14 @@ install: .venv/.ok-train ## make the environment that runs and trains (.venv)
 demo: .venv/.ok-train ## train on real digits and look at the result (runs/demo)
 	$(BIN)/edt demo --out runs/demo
 
-test: .venv/.ok-dev ## run every test
+# Beside the environment and not in it: where torchao is found, diffusers imports it or peft refuses it, by its version.
+.venv/int8/.ok: .venv/.ok-dev
+	$(BIN)/python -m pip install -q --no-deps --target .venv/int8 --upgrade $$(grep '^torchao==' constraints.txt)
+	@touch $@
+
+test: .venv/.ok-dev .venv/int8/.ok ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/int8 $(BIN)/python -m pytest -q tests/unit/test_sampling_precision.py -m "not slow"
 
 test-fast: .venv/.ok-dev ## run the tests that take a few seconds at most
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"

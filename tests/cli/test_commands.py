@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from edt_diffusion.convert import to_official
 from edt_diffusion.training.log import read_log
 
 COMMANDS = (
-    "demo", "data", "encode", "train", "runs", "plot", "ema", "sample", "evaluate", "compare", "info", "convert",
+    "demo", "data", "encode", "train", "runs", "plot", "ema", "sample", "interpolate", "edit", "evaluate", "compare",
+    "info", "profile", "convert",
 )  # fmt: skip
 
 # The paper's sizes: parameters with and without position tables, and multiply-adds in units of 10^9.
@@ -212,9 +214,10 @@ def test_sample_by_class_name(edt, run, tmp_path):
     said = edt("sample", run, "--classes", "tench", "-n", 3, "--steps", 2, "--out", out, "--json")
     assert (said.code, said.err) == (0, [])
     facts = json.loads(said.out[-1])
-    names = [f"tench-{index:04d}.png" for index in range(3)]
+    names = [f"tench/{index:06d}.png" for index in range(3)]
     assert facts["pictures"] == [str(out / name) for name in names]
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", *names]
+    assert sorted(p.name for p in out.iterdir()) == ["job.json", "tench"]
+    assert facts["grid"] == str(tmp_path / "samples-grid.png")
     made = [np.asarray(Image.open(out / name)) for name in names]
     assert all(picture.shape == (8, 8) for picture in made)
     assert not np.array_equal(made[0], made[1])  # every picture has a seed of its own
@@ -226,15 +229,16 @@ def test_sample_by_class_name(edt, run, tmp_path):
     for name, picture in zip(names[:2], made, strict=False):
         difference = np.asarray(Image.open(again / name)).astype(int) - picture
         assert np.abs(difference).max() <= 1  # another batch size may round otherwise
-    assert edt("sample", run, "--classes", "tench", "-n", 1, "--steps", 2, "--out", again, "--seed", 5).code == 0
-    assert not np.array_equal(np.asarray(Image.open(again / names[0])), made[0])
+    other = tmp_path / "other"
+    assert edt("sample", run, "--classes", "tench", "-n", 1, "--steps", 2, "--out", other, "--seed", 5).code == 0
+    assert not np.array_equal(np.asarray(Image.open(other / names[0])), made[0])
 
 
 def test_sample_without_classes_makes_every_class(edt, run, work):
     said = edt("sample", run, "-n", 2, "--steps", 2, "--scheduler", "ddim", "--quiet")
-    assert (said.out, said.err) == (["wrote 4 pictures and grid.png to samples"], [])
-    names = [f"{name}-{index:04d}.png" for name in ("church", "tench") for index in range(2)]
-    assert sorted(p.name for p in (work / "samples").iterdir()) == sorted(["grid.png", *names])
+    assert (said.out, said.err) == (["wrote 4 pictures to samples, and samples-grid.png beside it"], [])
+    names = [f"{name}/{index:06d}.png" for name in ("church", "tench") for index in range(2)]
+    assert sorted(str(p.relative_to("samples")) for p in Path("samples").rglob("*.png")) == names
 
 
 def test_class_names_alike_as_file_names_get_files_of_their_own(edt, run, work):
@@ -249,7 +253,7 @@ def test_sample_with_attention_modulation(edt, run, tmp_path):
     made = {}
     for amm in ("off", "saved", "0,4"):
         assert edt("sample", run, "-n", 1, "--steps", 3, "--amm", amm, "--out", tmp_path / amm).code == 0
-        made[amm] = np.asarray(Image.open(tmp_path / amm / "grid.png"))
+        made[amm] = np.asarray(Image.open(tmp_path / f"{amm}-grid.png"))
     np.testing.assert_array_equal(made["off"], made["saved"])
 
 
@@ -280,7 +284,7 @@ def test_convert_keeps_every_weight(edt, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
     assert json.loads(edt("info", facts["folder"], "--json").out[-1])["num_classes"] == 3
     sampled = edt("sample", facts["folder"], "--classes", "2", "-n", 1, "--steps", 2, "--out", tmp_path / "s")
-    assert sampled.out == [f"wrote 1 pictures and grid.png to {tmp_path / 's'}"]
+    assert sampled.out == [f"wrote 1 pictures to {tmp_path / 's'}, and s-grid.png beside it"]
 
 
 @pytest.mark.slow
@@ -319,7 +323,8 @@ def test_in_a_process_of_its_own_a_command_is_free_of_the_libraries_noise(edt_pr
     assert warning.endswith("going on from the checkpoint of step 2 instead")
     assert progress.startswith("step 4/4  loss ")
     said = edt_process("sample", run, "-n", 1, "--steps", 2, "--out", tmp_path / "s")
-    assert (said.code, said.out, said.err) == (0, [f"wrote 2 pictures and grid.png to {tmp_path / 's'}"], [])
+    wrote = f"wrote 2 pictures to {tmp_path / 's'}, and s-grid.png beside it"
+    assert (said.code, said.out, said.err) == (0, [wrote], [])
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_train_from_a_store_and_decode(edt, store, settings, tmp_path):
     assert picture.size == (16, 16)
     made = edt("sample", run, "--classes", "church", "-n", 2, "--steps", 2, "--out", tmp_path / "samples", "--quiet")
     assert made.code == 0, made.err
-    assert size_of(tmp_path / "samples" / "church-0001.png") == (16, 16)
+    assert size_of(tmp_path / "samples" / "church" / "000001.png") == (16, 16)
     for saved in run.rglob("*.json"):  # the run can be moved, and tells nobody where it was made
         if saved.parent.name in ("vae", "model", "transformer", "scheduler"):
             assert str(tmp_path) not in saved.read_text()

@@ -260,7 +260,7 @@ def test_a_full_disk(train, monkeypatch):
         (("--scheduler", "dimm"), ("'dimm'", "ddpm, ddim, dpm++", "did you mean 'ddim'?")),
         (("--steps", "5000"), ("5000", "1000")),
         (("--guidance", "inf"), ("inf", "finite")),
-        (("--guidance-channels", "four"), ("'four'", "all or authors")),
+        (("--guidance-channels", "four"), ("four", "all or authors")),
         (("--amm", "99"), ("--amm 99", "blocks 0 to 4")),
         (("--amm", "2"), ("--amm 2", "2x2 grid is too small", "at least 3")),
         (("--amm", "maybe"), ("--amm maybe", "saved, off, on, auto", "or block numbers such as 7,10")),

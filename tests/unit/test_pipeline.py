@@ -357,7 +357,12 @@ def test_usual_numbers_of_steps():
     model = Stub()
     pipeline = pipeline_of(model)
     for name, steps in (
-        ("ddpm", 250), ("ddim", 50), ("dpm++", 20), ("dpm++sde", 25), ("unipc", 20), (None, 250),
+        ("ddpm", 250),
+        ("ddim", 50),
+        ("dpm++", 20),
+        ("dpm++sde", 25),
+        ("unipc", 20),
+        (None, 250),
     ):
         model.calls.clear()
         pipeline([1], scheduler=name, output_type="latent")

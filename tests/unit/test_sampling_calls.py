@@ -55,9 +55,7 @@ class Exact(ModelMixin, ConfigMixin, CacheMixin):
 
 
 def pipeline_of(network, scheduler="ddim", prediction="epsilon", **process) -> ClassConditionalPipeline:
-    made = make_scheduler(
-        scheduler, learned_variance=network.config.learn_sigma, prediction_type=prediction, **process
-    )
+    made = make_scheduler(scheduler, learned_variance=network.config.learn_sigma, prediction_type=prediction, **process)
     pipeline = ClassConditionalPipeline(network, made)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -123,7 +121,7 @@ def test_no_cache_can_be_asked_for_under_an_acceleration():
 
 def test_an_unknown_acceleration():
     pipeline = pipeline_of(tiny_model())
-    with pytest.raises(UserError, match="unknown acceleration 'fats'.*exact, balanced, fast.*did you mean 'fast'"):
+    with pytest.raises(UserError, match=r"unknown acceleration 'fats'.*exact, balanced, fast.*did you mean 'fast'"):
         pipeline.enable_acceleration("fats")
     assert pipeline.acceleration is None
 
@@ -164,7 +162,7 @@ def test_a_cache_that_the_user_enabled_is_used_and_kept():
 
 
 def test_mistakes_in_a_cache():
-    with pytest.raises(UserError, match="unknown cache 'tailor'.*did you mean 'taylor'"):
+    with pytest.raises(UserError, match=r"unknown cache 'tailor'.*did you mean 'taylor'"):
         latents(pipeline_of(tiny_model()), labels=[1], cache="tailor")
 
 

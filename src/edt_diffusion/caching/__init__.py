@@ -1,8 +1,7 @@
 """Feature caches: what the network computed in one step of a sampling, reused in later ones.
 
-`feature_cache` puts one of `CACHES` around one sampling. All of them keep three promises, which the tests check for each:
-the same input twice gives the same output as full computation; a setting that never skips changes no bit; nothing is
-left when the sampling ends.
+`feature_cache` puts one of `CACHES` around one sampling. All keep three promises: the same input twice gives the same
+output as full computation; a setting that never skips changes no bit; nothing is left when the sampling ends.
 """
 
 from .choices import CACHES, CacheChoice, parse_cache

@@ -10,13 +10,11 @@ from .diffusers_hooks import (
     BaseState,
     FasterCacheBlockHook,
     FasterCacheBlockState,
-    ModelHook,
     PyramidAttentionBroadcastHook,
     PyramidAttentionBroadcastState,
     StateManager,
 )
-from .site import Site
-
+from .site import CacheHook, Site
 
 _JOINT = "cond_uncond"  # the context in which a batch has both halves of guidance
 
@@ -24,6 +22,7 @@ _JOINT = "cond_uncond"  # the context in which a batch has both halves of guidan
 class _StatePerContext:
     """Replaces the one state of a diffusers hook by one for each context; set `states` and mix in first."""
 
+    fn_ref: Any
     states: StateManager
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
@@ -76,21 +75,19 @@ class HalvesState(BaseState):
 
     def __init__(self) -> None:
         self.calls = 0
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
+        self.low: Any = None
+        self.high: Any = None
 
     def reset(self) -> None:
         pass  # the manager drops the whole state
 
 
-class FasterNetworkHook(ModelHook):
+class FasterNetworkHook(CacheHook):
     """Leaves out the unconditional half and puts the conditional one plus the kept difference in its place.
 
     The frequencies are taken apart once, when the difference is computed, and only where their weights differ;
     diffusers' hook transforms every prediction there and back.
     """
-
-    _is_stateful = True
 
     def __init__(self, interval: int, below: int, low: float, high: float, timestep: Callable[[], int]) -> None:
         super().__init__()
@@ -102,7 +99,7 @@ class FasterNetworkHook(ModelHook):
             return self.fn_ref.original_forward(**inputs)
         state: Any = self.states.get_state()
         batch = len(inputs["hidden_states"])
-        skips = state.low is not None and state.calls % self.interval != 0 and self.timestep() < self.below
+        skips = state.calls % self.interval != 0 and self.timestep() < self.below
         state.calls += 1
         if skips:
             inputs = {name: _second_half(value, batch) for name, value in inputs.items()}
@@ -116,10 +113,6 @@ class FasterNetworkHook(ModelHook):
         state.low = low_frequencies(without - with_class) if self.low != self.high else without - with_class
         state.high = without - with_class - state.low
         return output
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.states.reset()
-        return module
 
 
 def _second_half(value: Any, batch: int) -> Any:
@@ -137,10 +130,11 @@ def low_frequencies(images: Tensor) -> Tensor:
 
 
 def install_faster(site: Site) -> None:
-    """FasterCache (arXiv 2410.19355): the unconditional half is computed in every `uncond`-th step, below timestep `to`.
+    """FasterCache (arXiv 2410.19355): the unconditional half is left out of most steps below timestep `to`.
 
-    In between it is the conditional half plus the last difference of the two, whose low and high frequencies are
-    weighted by `low` and `high`; attention is then extrapolated in `interval` - 1 of `interval` steps.
+    It is computed in every `uncond`-th step; in between it is the conditional half plus the last difference of the two,
+    whose low and high frequencies are weighted by `low` and `high` in each step. The attention of the conditional half
+    is then extrapolated in `interval` - 1 of `interval` steps.
     """
     options: Any = site.options
     below = (-1, options["to"])

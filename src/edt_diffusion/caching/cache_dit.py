@@ -1,8 +1,8 @@
 """DBCache of the package cache-dit (optional), with its TaylorSeer calibrator.
 
 Its own entry point replaces `network.blocks` and patches the class of the pipeline. Here only its unified block list is
-used, called by a hook of the first block, with a manager for each of our contexts: nothing is patched, and the halves of
-guidance cannot meet.
+used, called by a hook of the first block, with a manager for each of our contexts: nothing is patched, and the halves
+of guidance cannot meet.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..util.errors import UserError
-from .diffusers_hooks import BaseState, ModelHook, StateManager
-from .site import Site
+from .diffusers_hooks import BaseState, StateManager
+from .site import CacheHook, Site
 from .spans import taken_skips
 
 _NAME = "edt"
@@ -44,10 +44,8 @@ class UnifiedState(BaseState):
         self.manager.clear_contexts()
 
 
-class UnifiedHook(ModelHook):
-    """One block of the network: the first calls cache-dit's list, which calls the blocks; then the others do nothing."""
-
-    _is_stateful = True
+class UnifiedHook(CacheHook):
+    """One block of the network: the first calls cache-dit's list, which calls all blocks; then the others pass."""
 
     def __init__(self, states: StateManager, first: bool, taken: int) -> None:
         super().__init__()
@@ -70,10 +68,6 @@ class UnifiedHook(ModelHook):
                 skips.pop()
         return output
 
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.states.reset()
-        return module
-
 
 def install_cache_dit(site: Site) -> None:
     """Options threshold, order, warmup and max_skip.
@@ -85,7 +79,8 @@ def install_cache_dit(site: Site) -> None:
         import cache_dit  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            f"cache 'cache-dit' needs a package that is not installed ({error}): pip install \"edt-diffusion[cache-dit]\""
+            f"cache 'cache-dit' needs a package that is not installed ({error}): "
+            'pip install "edt-diffusion[cache-dit]"'
         ) from error
     options: Any = site.options
     settings = {

@@ -57,8 +57,8 @@ CACHES: dict[str, CacheChoice] = {
         _installer("residuals.install_mag"),
         {
             "threshold": Option(0.1, "accumulated change of the residual's length up to which it is reused"),
-            "max_skip": Option(2, "steps skipped in a row"),
-            "retain": Option(0.2, "share of first steps computed in full", high=1.0),
+            "max_skip": Option(1, "steps skipped in a row"),
+            "retain": Option(0.3, "share of first steps computed in full", high=1.0),
             "magnitudes": Option(_MAGNITUDES, "lengths of the residual, from calibrate_magnitudes", low=1e-6),
         },
         "reuses what all blocks added while its length, measured beforehand, changes little (MagCache)",
@@ -66,9 +66,9 @@ CACHES: dict[str, CacheChoice] = {
     "taylor": CacheChoice(
         _installer("taylor.install_taylor"),
         {
-            "interval": Option(3, _INTERVAL, low=1),
+            "interval": Option(2, _INTERVAL, low=1),
             "order": Option(1, "degree of the extrapolation", high=8),
-            "warmup": Option(2, "first steps computed in full", low=1),
+            "warmup": Option(3, "first steps computed in full", low=1),
             "last": Option(0, _LAST),
         },
         "extrapolates the outputs of attention and MLPs (TaylorSeer)",
@@ -105,10 +105,10 @@ CACHES: dict[str, CacheChoice] = {
         {
             "interval": Option(2, _INTERVAL, low=1),
             "order": Option(1, "degree of the extrapolation; 0 reuses, as in the paper", high=8),
-            "warmup": Option(2, "first steps computed in full", low=1),
-            "range": Option("u", "u: blocks of the middle; stages: the last stage, later the first", words=("u", "stages")),
-            "edge": Option(1, "blocks outside the range at either end, with range=u"),
-            "outline": Option(0.5, "share of the steps in which the last stage is skipped, with range=stages", high=1.0),
+            "warmup": Option(3, "first steps computed in full", low=1),
+            "range": Option("u", "u: the middle; stages: the last stage, later the first", words=("u", "stages")),
+            "edge": Option(0, "blocks outside the range at either end, with range=u"),
+            "outline": Option(0.5, "share of the steps that skip the last stage, with range=stages", high=1.0),
             "last": Option(0, _LAST),
         },
         "reuses what a range of blocks added (Delta-DiT)",

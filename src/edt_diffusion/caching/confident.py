@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .diffusers_hooks import BaseState, ModelHook, StateManager
+from .diffusers_hooks import BaseState, StateManager
 from .extrapolation import Extrapolation
-from .site import Clock, Site
+from .site import CacheHook, Clock, Site
 from .spans import taken_skips
 
 
@@ -28,10 +28,8 @@ class GateState(BaseState):
         pass  # the manager drops the whole state
 
 
-class ConfidentHook(ModelHook):
+class ConfidentHook(CacheHook):
     """One block of the network, at position "first", "inner" or "last"."""
-
-    _is_stateful = True
 
     def __init__(self, states: StateManager, place: str, options: Any, taken: int, clock: Clock) -> None:
         super().__init__()
@@ -64,10 +62,6 @@ class ConfidentHook(ModelHook):
         state.skipped = state.skipped + 1 if state.skipping else 0
         if not state.skipping:
             state.first.record(step, output)
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.states.reset()
-        return module
 
 
 def install_confident(site: Site) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..util.errors import UserError
-from .diffusers_hooks import BaseState, ModelHook, StateManager
+from .diffusers_hooks import BaseState, StateManager
 from .extrapolation import Extrapolation
-from .site import Clock, Schedule, Site
+from .site import CacheHook, Clock, Schedule, Site
 from .spans import closed, stages_of, taken_skips
 
 
@@ -36,7 +36,7 @@ class RangeState(BaseState):
         self.skipping = False
 
 
-class RangeHook(ModelHook):
+class RangeHook(CacheHook):
     """One block of a range; the first decides, the last takes the difference.
 
     Args:
@@ -47,8 +47,6 @@ class RangeHook(ModelHook):
         active: whether the range is the one to skip now.
         clock: of the sampling.
     """
-
-    _is_stateful = True
 
     def __init__(
         self,
@@ -86,10 +84,6 @@ class RangeHook(ModelHook):
         state.calls += 1
         state.entered = None if state.skipping else hidden_states
         return state.skipping
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.states.reset()
-        return module
 
 
 def _add_range(site: Site, first: int, last: int, active: Callable[[], bool]) -> None:

@@ -56,6 +56,7 @@ def tree_changed(network: nn.Module) -> None:
 
 
 def reset(network: nn.Module) -> None:
+    """Let every hook in the network forget."""
     HookRegistry.check_if_exists_or_initialize(network).reset_stateful_hooks()
 
 

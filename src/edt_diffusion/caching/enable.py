@@ -26,7 +26,7 @@ def feature_cache(
     Args:
         network: the denoiser, a diffusers model with `blocks` in execution order.
         setting: see `parse_cache`; None does nothing, and leaves alone what `enable_cache` of diffusers turned on.
-        steps: of the sampling.
+        steps: calls of the network in each context (two a step for two-stage solvers such as Heun's).
         timestep: returns the timestep of the current step, 0 ... 999.
         guided: whether each call holds both halves of guidance in one batch, the unconditional half first.
 

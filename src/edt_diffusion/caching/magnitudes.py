@@ -70,7 +70,8 @@ def calibrate_magnitudes(network: Any, timestep: Callable[[], int] | None = None
         timestep: returns the current one; None takes the keyword argument `timestep` of the network's calls.
     """
     found = Magnitudes()
-    now, entered = [0.0], [None]
+    now: list[float] = [0.0]
+    entered: list[Any] = [None]
 
     def enter_network(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = timestep() if timestep is not None else kwargs["timestep"]
@@ -80,7 +81,7 @@ def calibrate_magnitudes(network: Any, timestep: Callable[[], int] | None = None
         entered[0] = args[0]
 
     def leave(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        length = (output.float() - entered[0].float()).norm(dim=-1).mean()  # pyright: ignore[reportOptionalMemberAccess]
+        length = (output.float() - entered[0].float()).norm(dim=-1).mean()
         found.seen.setdefault(now[0], []).append(float(length))
 
     handles = [

@@ -24,7 +24,19 @@ class Schedule:
         return call < self.warmup or (call - self.warmup + 1) % self.interval == 0
 
 
-class Clock(ModelHook):
+class CacheHook(ModelHook):
+    """A hook of ours; what it keeps is in `states`, apart for each context."""
+
+    _is_stateful = True
+    fn_ref: Any
+    states: StateManager
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.states.reset()
+        return module
+
+
+class Clock(CacheHook):
     """Counts the steps of a sampling, at the network itself.
 
     A step has one call, or one in each context; a step begins when a context is called again or the timestep changes.
@@ -32,8 +44,6 @@ class Clock(ModelHook):
     Attributes:
         step: of the current call, from 0; forgetting features does not touch it.
     """
-
-    _is_stateful = True
 
     def __init__(self, timestep: Callable[[], int]) -> None:
         super().__init__()
@@ -64,10 +74,9 @@ class Site:
         network: the denoiser; `network.blocks` are called as `block(hidden_states, temb, skips)`.
         setting: for error messages.
         options: every option of the cache, checked.
-        steps: of the sampling.
+        steps: calls of the network in each context.
         timestep: returns the current one, 0 ... 999.
         guided: whether both halves of guidance are in one batch.
-        cleanups: called on removal, last first.
     """
 
     network: Any
@@ -76,7 +85,6 @@ class Site:
     steps: int
     timestep: Callable[[], int]
     guided: bool
-    cleanups: list[Callable[[], None]] = field(default_factory=list)
     _installed: list[tuple[nn.Module, str]] = field(default_factory=list)
     _clock: Clock | None = None
 
@@ -112,8 +120,6 @@ class Site:
 
     def close(self) -> None:
         """Remove the hooks and all that they keep."""
-        while self.cleanups:
-            self.cleanups.pop()()
         while self._installed:
             remove(*self._installed.pop())
         tree_changed(self.network)

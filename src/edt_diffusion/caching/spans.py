@@ -1,4 +1,4 @@
-"""Contiguous ranges of blocks that may be skipped: what goes in and out of them, and what of the long skips they take."""
+"""Contiguous ranges of blocks that may be skipped: what goes in and out, and which long skips they take."""
 
 from collections.abc import Sequence
 from typing import Any

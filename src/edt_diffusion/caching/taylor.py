@@ -1,16 +1,16 @@
 """TaylorSeer (arXiv 2503.06923) and FORA (arXiv 2407.01425): outputs of attention and MLPs, reused or extrapolated.
 
-What is kept is the output of each `attn` and `ff` before its gate: norms, shifts, scales and gates are computed in every
-step from the current timestep.
+What is kept is the output of each `attn` and `ff` before its gate: norms, shifts, scales and gates are computed in
+every step from the current timestep.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
 
-from .diffusers_hooks import BaseState, ModelHook, StateManager
+from .diffusers_hooks import BaseState, StateManager
 from .extrapolation import Extrapolation
-from .site import Clock, Schedule, Site
+from .site import CacheHook, Clock, Schedule, Site
 
 
 class _State(BaseState):
@@ -22,10 +22,8 @@ class _State(BaseState):
         pass  # the manager drops the whole state
 
 
-class TaylorHook(ModelHook):
+class TaylorHook(CacheHook):
     """Computes a module in the calls of a schedule, and in all steps from `last_from`; else extrapolates its output."""
-
-    _is_stateful = True
 
     def __init__(self, order: int, schedule: Schedule, last_from: int, clock: Clock) -> None:
         super().__init__()
@@ -41,10 +39,6 @@ class TaylorHook(ModelHook):
             state.features.record(step, output)
             return output
         return state.features.at(step)
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.states.reset()
-        return module
 
 
 def install_taylor(site: Site) -> None:

@@ -8,11 +8,14 @@ from .compare import compare
 from .convert import convert
 from .data import data
 from .demo import demo
+from .edit import edit
 from .ema import ema
 from .encode import encode
 from .evaluate import evaluate
 from .info import info
+from .interpolate import interpolate
 from .plot import plot
+from .profile import profile
 from .runs import runs
 from .sample import sample
 from .train import train
@@ -28,9 +31,12 @@ edt: train, run and judge an image generator (EDT, the Efficient Diffusion Trans
   edt plot runs/a runs/b                     their curves as a picture
   edt ema runs/a --sigma-rel 0.1             averaged weights of any length, after the training
   edt sample runs/small-32 --classes a,b     pictures of the classes you name
+  edt interpolate runs/a --classes a,b       the pictures between classes and seeds, as frames and a film
+  edt edit runs/a photo.png --class a        a picture changed: the part under a mask, or all of it
   edt evaluate runs/a --reference pictures/  FID and others with intervals, for pictures too; class fidelity, copies
   edt compare results/*.json                 results side by side, or why they cannot be compared
   edt info EDT-S/2                           size, cost, token grids and attention modulation of a model
+  edt profile runs/a                         where time and memory go on this machine, by stage and block
   edt convert official.pt folder/            the authors' checkpoints as a diffusers folder
 
 Every command explains itself: edt COMMAND --help"""
@@ -57,7 +63,9 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
         print(INTRODUCTION, flush=True)
 
 
-for _command in (demo, encode, train, runs, plot, ema, sample, evaluate, compare, info, convert):
+for _command in (
+    demo, encode, train, runs, plot, ema, sample, interpolate, edit, evaluate, compare, info, profile, convert,
+):  # fmt: skip
     # The last paragraph of a docstring is the example with which the help ends; \b keeps it on its lines.
     _text, _, _example = inspect.getdoc(_command).rpartition("\n\n")  # pyright: ignore[reportOptionalMemberAccess]
     app.command(help=_text, epilog=f"\b\n{_example}")(_command)

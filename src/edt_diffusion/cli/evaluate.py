@@ -20,14 +20,14 @@ def evaluate(
     ),
     number: int = typer.Option(None, "-n", "--number", min=2, metavar="N", help="Samples (5000), or pictures to take."),
     sweep: list[str] = typer.Option(
-        None, "--sweep", metavar="AXIS=A,B", help="Of guidance, amm, steps, scheduler, ..."
+        None, "--sweep", metavar="AXIS=A,B", help="Of guidance, amm, steps, scheduler, cache."
     ),
     guidance: float = typer.Option(None, "--guidance", metavar="X", help="Guidance scale; 1 is off (default)."),
     channels: str = typer.Option(None, "--guidance-channels", metavar="NAME", help="all, or authors (first three)."),
-    scheduler: str = typer.Option(None, "--scheduler", metavar="NAME", help="ddpm, ddim, dpm++, euler, heun."),
+    scheduler: str = typer.Option(None, "--scheduler", metavar="NAME", help="ddpm, ddim, dpm++, unipc, euler, ..."),
     steps: int = typer.Option(None, "--steps", metavar="N", help="Sampling steps (the scheduler's usual number)."),
     amm: str = typer.Option(None, "--amm", metavar="NAME", help="saved, off, on, auto, a preset, or blocks as 7+10."),
-    precision: str = typer.Option(None, "--precision", metavar="NAME", help="fp32, bf16 or fp16."),
+    precision: str = typer.Option(None, "--precision", metavar="NAME", help="fp32, bf16, fp16, fp8, int8, ..."),
     labels: str = typer.Option(None, "--labels", metavar="NAME", help="balanced, random, or reference (usual)."),
     metrics: str = typer.Option(None, "--metrics", metavar="A,B", help="all, or some of fid, sfid, is, precision, ..."),
     judge: bool = typer.Option(False, "--judge", help="Class fidelity, and copies of training pictures."),

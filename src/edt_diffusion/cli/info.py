@@ -1,5 +1,8 @@
 """`edt info`."""
 
+from pathlib import Path
+from typing import Any
+
 import typer
 
 from .output import finish, quiet_libraries
@@ -7,7 +10,7 @@ from .output import finish, quiet_libraries
 
 def info(
     model: str = typer.Argument(
-        metavar="MODEL", help="EDT-S/2, EDT-B/2, EDT-XL/2, or a run folder, diffusers folder or hub name."
+        metavar="MODEL", help="EDT-S/2, -B/2, -XL/2, a run folder, diffusers folder, hub name; or a PNG of edt sample."
     ),
     image_size: str = typer.Option(
         "256", "--image-size", help="Pixels, as 256 or 256x384; a named size works on latents of an eighth of it."
@@ -15,7 +18,7 @@ def info(
     guidance: float = typer.Option(1.0, "--guidance", help="Guidance scale for which to show the published AMM."),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
 ) -> None:
-    """Show parameters, multiply-adds, token grids and attention modulation of a model.
+    """Show parameters, multiply-adds, token grids and attention modulation of a model, or how a picture was made.
 
     Example: edt info EDT-S/2 --image-size 512
     """
@@ -23,6 +26,12 @@ def info(
     from ..pipelines.loading import load_pipeline
 
     quiet_libraries()
+    if Path(model).suffix.lower() == ".png":
+        from ..sampling.notes import read_facts
+
+        made = read_facts(Path(model))
+        finish("\n".join([model, *_said_by_picture(made)]), {"picture": model, **made}, as_json)
+        return
     named = named_model(model, image_size)
     network = named if named is not None else load_pipeline(model).transformer
     facts = describe(network, guidance)
@@ -49,8 +58,30 @@ def info(
     finish("\n".join(lines), {"model": model, **facts}, as_json)
 
 
+_SHORTER = {"guided_channels": "guided", "guidance_schedule": "schedule"}
+
+
 def _words(setting: dict | None) -> str:
     if setting is None:
         return "none"
     radius = "" if setting["radius"] is None else f", radius {setting['radius']}"
     return f"blocks {', '.join(map(str, setting['blocks']))}, formula {setting['formula']}{radius}"
+
+
+def _said_by_picture(facts: dict[str, Any]) -> list[str]:
+    """Lines about how a picture was made."""
+    known = facts.get("sampling", {})
+    modulation = known.get("attention_modulation")
+    others = {name: value for name, value in known.items() if name != "attention_modulation" and value is not None}
+    which = "none" if facts.get("label") is None else f"{facts['label']} ({facts.get('class')})"
+    origin = facts.get("model", {})
+    return [
+        f"class          {which}",
+        f"seed           {facts.get('seed')}",
+        f"model          {origin.get('from')} ({str(origin.get('transformer_sha256'))[:12]})",
+        *(f"{_SHORTER.get(name, name):<14} {value}" for name, value in others.items()),
+        f"AMM            {_words(modulation)}",
+        f"batch          {facts.get('batch')}",
+        f"made by        edt-diffusion {facts.get('version')}",
+        f"again          {facts.get('again')}",
+    ]

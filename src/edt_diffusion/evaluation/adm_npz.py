@@ -22,8 +22,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from ..sampling.sample_npz import SampleNpzWriter, write_samples_npz
 from ..util.errors import UserError
-from .adm_npz_writer import SampleNpzWriter, StatisticsOrigin, write_samples_npz, write_statistics_npz
+from .adm_npz_writer import StatisticsOrigin, write_statistics_npz
 from .statistics import GaussianStatistics
 
 __all__ = [

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..nn.attention import GridAttention
 from ..nn.modulation import AttentionModulation, modulation_matrix
 from ..util.lookup import lookup
@@ -159,7 +161,8 @@ class ModulatedAttentionMixin:
                 )
             _, grid = layers[block]
             try:
-                matrices[block] = modulation_matrix(*grid, setting.formula, setting.radius)  # pyright: ignore[reportOptionalMemberAccess]
+                with torch.inference_mode(False):  # a matrix made while sampling may be trained with afterwards
+                    matrices[block] = modulation_matrix(*grid, setting.formula, setting.radius)  # pyright: ignore[reportOptionalMemberAccess]
             except ValueError as error:
                 raise ValueError(f"attention modulation of block {block}: {error}") from None
         for index, (attention, _) in enumerate(layers):

@@ -309,8 +309,8 @@ class EDTTransformer2DModel(
         Args:
             hidden_states: (B, in_channels, H, W), the noisy input.
             timestep: (B,), or one number for all; the original index in 0 ... num_train_timesteps - 1.
-            class_labels: (B,) int64 in 0 ... num_classes (num_classes = null label); or (B, num_classes + 1), weights of
-                the rows of the class table; None for unconditional models.
+            class_labels: (B,) int64 in 0 ... num_classes (num_classes = null label); or (B, num_classes + 1), weights
+                of the rows of the class table; None for unconditional models.
             token_masks: acts whenever given.
             return_dict: False returns a tuple.
 
@@ -327,7 +327,7 @@ class EDTTransformer2DModel(
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
         temb = self._embed_timestep(timestep, hidden_states)  # (B, D)
         if self.class_embedder is not None:
-            temb = temb + embed_classes(self.class_embedder, class_labels)
+            temb = temb + embed_classes(self.class_embedder, cast(Tensor, class_labels))
 
         # Contiguous like the output of every block: a compiled block would otherwise be compiled for two layouts.
         hidden_states = (self.patch_embed(hidden_states) + self.pos_embed).contiguous()  # (B, N, D)

@@ -1,22 +1,29 @@
 """Self-attention over a token grid, with relative-position bias and an optional Attention Modulation Matrix.
 
-Two forms compute the same function:
-
-* plain blocks call diffusers' `dispatch_attention_fn` (SDPA by default, `set_attention_backend` chooses another);
-* blocks with AMM use explicit attention, because AMM multiplies the probabilities after the softmax and renormalises
-  nothing, which no fused kernel offers: out_i = sum_j softmax_j(q_i k_j / sqrt(d) + B_ij) M_ij v_j.
-
-In half precision the softmax takes its maximum and sum in float32 in both forms: torch's kernels do so inside, and
-autocast on an accelerator makes the whole operation float32. Casting the scores as well costs 2 to 5 % of a bfloat16
-training step on a CPU and leaves the error of the gradients as it is.
+Plain blocks call diffusers' `dispatch_attention_fn` (SDPA by default, `set_attention_backend` chooses another) or, on a
+CPU in bfloat16, the in-place form, which is the faster one there; blocks with AMM use the forms of
+`modulated_attention.py`, whose `form_for` says which is used where.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor, nn
+
+from .modulated_attention import (
+    explicit_attention,
+    form_for,
+    modulated_attention,
+    modulated_attention_in_place,
+    padded_to_alignment,
+)
 
 
 def relative_position_index(height: int, width: int) -> Tensor:
@@ -143,46 +150,17 @@ class RelativePositionBias(nn.Module):
         return state
 
 
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, modulation: Tensor | None) -> Tensor:
-    """Attention written out; the reference of every faster form, and the differentiable form with AMM.
-
-    Args:
-        query, key, value: (B, N, heads, d).
-        bias: (1, heads, N, N), added to the scaled scores.
-        modulation: (N, N) multiplied on the probabilities, or None.
-
-    Returns:
-        (B, N, heads, d).
-    """
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
-    probabilities = scores.softmax(dim=-1)
-    if modulation is not None:
-        probabilities = probabilities * modulation.to(probabilities.dtype)
-    return (probabilities @ value).transpose(1, 2)
-
-
-def modulated_attention_in_place(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, modulation: Tensor) -> Tensor:
-    """Same function as `explicit_attention` with AMM, one image at a time in one score buffer; for inference only."""
-    batch, tokens, heads, width = query.shape
-    scale = width**-0.5
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
-    out = torch.empty(batch, tokens, heads, width, dtype=value.dtype, device=value.device)
-    modulation = modulation.to(query.dtype)
-    scores = torch.empty(heads, tokens, tokens, dtype=query.dtype, device=query.device)
-    for image in range(batch):
-        torch.baddbmm(bias[0], query[image], key[image].transpose(-2, -1), alpha=scale, out=scores)
-        torch.softmax(scores, dim=-1, out=scores)
-        scores.mul_(modulation)
-        out[image] = torch.bmm(scores, value[image]).transpose(0, 1)
-    return out
-
-
 class GridAttnProcessor:
-    """Computes `GridAttention`; holds the back end chosen by `set_attention_backend` (None = the process default)."""
+    """Computes `GridAttention`.
+
+    The back end chosen by `set_attention_backend`, or by diffusers' `attention_backend` around a call, computes the
+    blocks without AMM. No back end can multiply probabilities after the softmax: blocks with AMM keep their own forms,
+    of which `form` names one (for tests and benchmarks; None = the one that suits).
+    """
 
     _attention_backend = None
     _parallel_config = None
+    form: str | None = None
 
     def __call__(self, attn: "GridAttention", hidden_states: Tensor, modulate: bool = True) -> Tensor:
         if attn.fused_projections:
@@ -191,18 +169,23 @@ class GridAttnProcessor:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, N, heads, d)
         bias = attn.position_bias(query.dtype)
-        modulation = attn.modulation if modulate else None
-        # Where the bias needs a gradient SDPA falls back to its own explicit form, on a CPU the slower of the two.
-        plain = modulation is None and self._attention_backend is None
-        if plain and bias.requires_grad and bias.device.type == "cpu":
-            out = explicit_attention(query, key, value, bias, None)
-        elif modulation is None:
-            out = dispatch_attention_fn(query, key, value, attn_mask=bias, backend=self._attention_backend)
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
-            out = explicit_attention(query, key, value, bias, modulation)
+        if modulate and attn.modulation is not None:
+            out = modulated_attention(query, key, value, bias, attn.modulation_in(query.dtype), self.form)
         else:
-            out = modulated_attention_in_place(query, key, value, bias, modulation)
+            out = self._plain(query, key, value, bias)
         return attn.to_out[0](out.flatten(2))
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        backend = self._attention_backend
+        if backend is None and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE:
+            form = form_for(query, bias, modulated=False)
+            if form != "sdpa":
+                attend = explicit_attention if form == "explicit" else modulated_attention_in_place
+                return attend(query, key, value, bias, None)
+        width = query.shape[-1]
+        query, key, value = padded_to_alignment(query, key, value)
+        out = dispatch_attention_fn(query, key, value, attn_mask=bias, scale=width**-0.5, backend=backend)
+        return out[..., :width]
 
 
 class GridAttention(nn.Module, AttentionModuleMixin):
@@ -215,6 +198,10 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         heads: attention heads.
         grid: (height, width) of the tokens.
         keep_bias: see `RelativePositionBias`.
+
+    Attributes:
+        modulation: the AMM matrix (N, N), or None. Of float32 whatever dtype the module is cast to, so that casting it
+            back loses nothing.
     """
 
     _default_processor_cls = GridAttnProcessor
@@ -233,6 +220,7 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.position_bias = RelativePositionBias(*grid, heads, keep_gathered=keep_bias)
         self.register_buffer("modulation", None, persistent=False)
+        self._kept_modulation: tuple[tuple, Tensor] | None = None
         for linear in (self.to_q, self.to_k, self.to_v):
             # Xavier on the joint (3 dim, dim) matrix of the authors: a gain of sqrt(1/2) on each (dim, dim) third.
             nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
@@ -244,3 +232,30 @@ class GridAttention(nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: Tensor, modulate: bool = True) -> Tensor:
         return cast(GridAttnProcessor, self.processor)(self, hidden_states, modulate)
+
+    def modulation_in(self, dtype: torch.dtype) -> Tensor:
+        """The modulation matrix in the dtype that the products are computed in, kept from one call to the next."""
+        matrix = cast(Tensor, self.modulation)
+        if matrix.dtype == dtype or torch.compiler.is_compiling():
+            return matrix.to(dtype)
+        version = 0 if matrix.is_inference() else matrix._version
+        key = (id(matrix), matrix.data_ptr(), version, matrix.device, dtype)
+        # What was made under `inference_mode` cannot take part in a later backward.
+        if (
+            self._kept_modulation is None
+            or self._kept_modulation[0] != key
+            or (self._kept_modulation[1].is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            self._kept_modulation = key, matrix.to(dtype)
+        return self._kept_modulation[1]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GridAttention":
+        exact = self.modulation
+        super()._apply(fn, recurse)
+        if exact is not None and not exact.is_meta:
+            self.modulation = exact.to(cast(Tensor, self.modulation).device)
+        self._kept_modulation = None
+        return self
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept_modulation": None}

@@ -282,8 +282,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generators: list[torch.Generator],
         cache: CacheSetting | None = None,
         callback_on_step_end: StepCallback | None = None,
+        begin: int = 0,
     ) -> Tensor:
-        """All steps of one batch, from noise to x_0.
+        """All steps of one batch, from noise (or from where `begin` says) to x_0.
 
         Args:
             guided: the network with its labels and guidance.
@@ -293,6 +294,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             generators: one per picture, of the scheduler's noise.
             cache: reuse of features, see `caching`.
             callback_on_step_end: see `__call__`.
+            begin: the entry of the scheduler's timesteps to begin with; `sample` is at that level.
 
         Returns:
             (B, C, H, W), float32.
@@ -306,7 +308,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if int(scheduler.timesteps[0]) == 0:  # nothing would be denoised
             raise UserError(f"num_inference_steps={steps}: this scheduler needs at least 2")
         reset(network)  # else features of the batch before would be reused
-        timesteps = scheduler.timesteps
+        if begin and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        timesteps = scheduler.timesteps[begin:]
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
         halves = guided.doubled and all(guided.scale_at(timestep) != 1.0 for timestep in timesteps)
         self._timestep = timesteps[0]
@@ -329,7 +333,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of what the network denoises."""
         size = self.transformer.config.sample_size
-        return self.transformer.config.in_channels, *((size, size) if isinstance(size, int) else size)
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.transformer.config.in_channels, height, width
 
     @property
     def _learns_sigma(self) -> bool:

@@ -160,7 +160,9 @@ def _ddim(process: Process) -> RespacedDDIMScheduler:
     return RespacedDDIMScheduler(**process.betas(), clip_sample=process.clip_sample)
 
 
-def _dpm_solver(process: Process, algorithm: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++") -> DPMSolverMultistepScheduler:
+def _dpm_solver(
+    process: Process, algorithm: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++"
+) -> DPMSolverMultistepScheduler:
     # Steps even in log-SNR: with even timesteps the last one jumps from t = 50 or more to 0, and at 20 steps the spread
     # of exact Gaussian data comes out 14 % too small (1.5 % this way). Straight paths have no such end, and take even
     # steps. Dynamic thresholding with a largest value of 1 is clamping to [-1, 1].

@@ -1,13 +1,18 @@
-"""Pictures that a person looks at: grids and contact sheets."""
+"""Pictures that a person looks at: grids and contact sheets; PNG files with notes in them."""
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from .errors import UserError
 from .files import atomic_write_bytes
+
+# The last chunk of every PNG: no content, its name, its checksum.
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -15,11 +20,52 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG in one step: whenever the process is killed, the file is whole or not there."""
+def png_bytes(picture: Image.Image, notes: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file of a picture.
+
+    Args:
+        picture: of a mode that PNG has.
+        notes: texts to put into it by keyword (1 to 79 Latin-1 characters); other than Latin-1 texts become UTF-8.
+    """
+    info = PngImagePlugin.PngInfo()
+    for name, text in (notes or {}).items():
+        info.add_text(name, text)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    atomic_write_bytes(path, buffer.getvalue())
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def save_png(picture: Image.Image, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write a PNG in one step: whenever the process is killed, the file is whole or not there."""
+    atomic_write_bytes(path, png_bytes(picture, notes))
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The texts in a PNG file, by keyword.
+
+    Raises:
+        UserError: it cannot be read as a PNG.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()  # texts may follow the pixels
+            assert isinstance(picture, PngImagePlugin.PngImageFile)
+            return {str(name): str(text) for name, text in picture.text.items()}
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no whole PNG"
+        raise UserError(f"{path} cannot be read ({reason}): expected a PNG file") from None
+
+
+def is_whole_png(path: Path, size: tuple[int, int]) -> bool:
+    """Whether a file is a PNG of (height, width) whose checksums are right, from its first byte to its last."""
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=["PNG"]) as picture:
+            right = picture.size == (size[1], size[0])
+            picture.verify()  # all chunks but the last
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return right and file.read() == _PNG_END
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damage
+        return False
 
 
 def grid(images: np.ndarray, columns: int, row_names: Sequence[str] | None = None, min_side: int = 64) -> Image.Image:
