@@ -1,4 +1,4 @@
-"""What a call of the pipeline may choose beside classes and seeds: accelerations, caches, noise, mixtures, callbacks."""
+"""What a call of the pipeline may choose beside classes and seeds."""
 
 import re
 

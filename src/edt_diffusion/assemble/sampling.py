@@ -1,13 +1,10 @@
 """`edt sample`, from what a user names to pictures. Read it from top to bottom to see what is opened when."""
 
-import contextlib
 import os
 import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +18,13 @@ from ..pipelines.loading import load_pipeline
 from ..pipelines.modulation import choose_modulation
 from ..pipelines.schedulers import prediction_type_of
 from ..sampling.job import Counter, Job, read_job
-from ..sampling.notes import Notes
+from ..sampling.notes import Notes, command_words, shareable_name
 from ..sampling.plan import Plan, plan_classes, plan_labels
 from ..sampling.processes import helpers, share_threads
 from ..sampling.samples import Samples
 from ..sampling.settings import SamplingSetting, parse_setting
 from ..sampling.sheets import beside, write_grid, write_sheet
+from ..sampling.stopping import Stopped, stoppable
 from ..sampling.trajectory import write_trajectory
 from ..sampling.writers import WRITERS
 from ..sampling.writers.png import PngWriter
@@ -36,6 +34,8 @@ from ..util.lock import Lock
 from ..util.lookup import lookup
 from ..util.progress import CountProgress
 from .facts import model_facts, picture_shape
+
+__all__ = ["Opened", "Outcome", "Request", "Stopped", "class_list", "open_job", "sample"]
 
 # Guidance of a model with classes, pictures of a class, and pictures computed at once when nobody says otherwise.
 GUIDANCE, EACH, BATCH = 2.0, 8, 64
@@ -109,14 +109,6 @@ class Outcome:
     facts: dict[str, Any]
 
 
-class Stopped(Exception):
-    """The job was asked to stop; the message says how to go on, `code` is for the shell."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @dataclass(frozen=True)
 class Opened:
     """The parts of a job."""
@@ -155,7 +147,7 @@ def sample(request: Request) -> Outcome | None:
     make_folder(request.out)
     with Lock(request.out, f"another process samples into {request.out}: wait for it, or choose another --out"):
         opened.job.begin(alone=world_size == 1)
-        with _stoppable(opened.job):
+        with stoppable(opened.job):
             return _sample(request, opened, world_size)
 
 
@@ -166,7 +158,7 @@ def open_job(request: Request) -> Opened:
         UserError: for anything the user can put right.
     """
     pipeline = load_pipeline(request.model)
-    model = model_facts(pipeline, _shareable(request.model))
+    model = model_facts(pipeline, shareable_name(request.model))
     device = _device(request.device)
     there = read_job(request.out) or {}
     setting = _setting(request, pipeline)
@@ -191,7 +183,7 @@ def open_job(request: Request) -> Opened:
         "size": list(shape),
         "device": torch.device(device).type,
     }
-    notes = Notes(model, facts["sampling"], plan.batch, _command(request, model["from"], samples, facts["sampling"]))
+    notes = Notes(model, facts["sampling"], plan.batch, command_words(model["from"], samples, facts["sampling"]))
     writer = WRITERS[request.to](request.out, plan, shape, notes)
     return Opened(pipeline, samples, plan, Job(request.out, facts, plan, writer))
 
@@ -311,62 +303,3 @@ def _device(name: str | None) -> str:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"--device {name} cannot be used ({reason}): expected such as cpu or cuda:0") from None
     return wanted
-
-
-def _shareable(model: str) -> str:
-    """The name of a model as pictures may tell it: without the folders that a whole path goes through."""
-    path = Path(model).expanduser()
-    return path.name if path.is_absolute() or ".." in path.parts else str(model)
-
-
-def _command(request: Request, model: str, samples: Samples, facts: dict[str, Any]) -> tuple[str, ...]:
-    """The words of a command that makes such pictures; which one is left open."""
-    setting, modulation = samples.setting, facts["attention_modulation"]
-    words = ["edt", "sample", model, "--steps", str(samples.steps), "--batch-size", str(samples.batch)]
-    if setting.scheduler is not None:
-        words += ["--scheduler", setting.scheduler]
-    if samples.labels is not None:
-        words += ["--guidance", repr(setting.guidance)]
-    if setting.channels != "all":
-        words += ["--guidance-channels", setting.channels]
-    for name, option in (("guidance_schedule", "constant"), ("precision", "fp32"), ("cache", "none")):
-        if (value := getattr(setting, name)) != option:
-            words += [f"--{name.replace('_', '-')}", value]
-    if modulation is None:
-        words += ["--amm", "off"]
-    else:
-        words += ["--amm", ",".join(map(str, modulation["blocks"])), "--amm-formula", modulation["formula"]]
-        if modulation["radius"] is not None:
-            words += ["--amm-radius", str(modulation["radius"])]
-    return tuple(words)
-
-
-@contextlib.contextmanager
-def _stoppable(job: Job) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Stopped`; whatever was written is whole."""
-    came: list[int] = []
-
-    def stop(number: int, _frame: Any) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
-                continue
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        for number in before:  # what is counted now is not to be interrupted by a second one
-            signal.signal(number, signal.SIG_IGN)
-        there = len(job.plan) - job.writer.waiting()
-        raise Stopped(
-            f"stopped with {there} of {len(job.plan)} pictures in {job.folder}; run the same command again to go on",
-            128 + (came[0] if came else signal.SIGINT),
-        ) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -26,10 +26,12 @@ class UnifiedState(BaseState):
 
         manager = CachedContextManager(name=_NAME, persistent_context=True)
         calibration = None if calibrator is None else cache_dit.TaylorSeerCalibratorConfig(**calibrator)
-        manager.new_context(name=_NAME, cache_config=cache_dit.DBCacheConfig(**settings), calibrator_config=calibration)
+        manager.new_context(  # pyright: ignore[reportAttributeAccessIssue]
+            name=_NAME, cache_config=cache_dit.DBCacheConfig(**settings), calibrator_config=calibration
+        )
         self.manager = manager
         self.blocks: Any = CachedBlocks(
-            network.blocks,
+            network.blocks,  # pyright: ignore[reportArgumentType]
             transformer=network,
             forward_pattern=cache_dit.ForwardPattern.Pattern_3,
             check_forward_pattern=True,

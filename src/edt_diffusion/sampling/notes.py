@@ -10,6 +10,7 @@ from typing import Any
 from .. import __version__
 from ..util.errors import UserError
 from ..util.pictures import read_notes
+from .samples import Samples
 
 # The keyword under which a PNG holds all facts as JSON. `Software`, `Title` and `Comment` are for other programs.
 KEYWORD = "edt-diffusion"
@@ -65,3 +66,31 @@ def read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise UserError(f"{path} does not say how it was made: expected a PNG that edt sample has written")
     return facts
+
+
+def shareable_name(model: str) -> str:
+    """The name of a model as pictures may tell it: without the folders that a whole path goes through."""
+    path = Path(model).expanduser()
+    return path.name if path.is_absolute() or ".." in path.parts else str(model)
+
+
+def command_words(model: str, samples: Samples, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The words of a command that makes such pictures; which one is left open."""
+    setting, modulation = samples.setting, facts["attention_modulation"]
+    words = ["edt", "sample", model, "--steps", str(samples.steps), "--batch-size", str(samples.batch)]
+    if setting.scheduler is not None:
+        words += ["--scheduler", setting.scheduler]
+    if samples.labels is not None:
+        words += ["--guidance", repr(setting.guidance)]
+    if setting.channels != "all":
+        words += ["--guidance-channels", setting.channels]
+    for name, option in (("guidance_schedule", "constant"), ("precision", "fp32"), ("cache", "none")):
+        if (value := getattr(setting, name)) != option:
+            words += [f"--{name.replace('_', '-')}", value]
+    if modulation is None:
+        words += ["--amm", "off"]
+    else:
+        words += ["--amm", ",".join(map(str, modulation["blocks"])), "--amm-formula", modulation["formula"]]
+        if modulation["radius"] is not None:
+            words += ["--amm-radius", str(modulation["radius"])]
+    return tuple(words)
