@@ -313,6 +313,8 @@ def again(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(outcome: dict[str, Any]) -> str:
+    if "best_speedup_within_5pct" not in outcome:
+        return f"{len(outcome['rows'])} settings so far; quality is not measured yet"
     speed = outcome["best_speedup_within_5pct"]
     told = "none" if speed is None else f"{speed:.1f} times as fast ({outcome['winner']})"
     return f"best within 5 %: {told}; goal {GOAL:g}: {'met' if outcome['goal_met'] else 'missed'}"
