@@ -35,7 +35,9 @@ from edt_diffusion.evaluation.metrics.paired import paired_difference
 from edt_diffusion.pipelines.loading import load_pipeline
 from edt_diffusion.sampling.samples import Samples
 from edt_diffusion.sampling.settings import SamplingSetting, parse_setting
+from edt_diffusion.util.errors import UserError
 from edt_diffusion.util.files import atomic_path, atomic_write_json, atomic_write_text, make_folder
+from edt_diffusion.util.weights import weights_sha256
 
 HERE = Path(__file__).parent
 MODEL, TABLE = HERE / "models" / "cifar-32", HERE / "results" / "acceleration.json"
@@ -45,10 +47,16 @@ PART = 500
 # (scheduler, steps, cache), each compared with BASELINE.
 SETTINGS: tuple[tuple[str, int, str], ...] = (
     ("ddpm", 25, "none"),
-    ("ddim", 50, "none"),
+    ("ddpm", 25, "confident:threshold=0.1"),
+    ("ddpm", 25, "faster"),
+    ("ddpm", 22, "faster"),
+    ("ddim", 25, "none"),
+    ("ddim", 25, "taylor:interval=2"),
+    ("ddim", 25, "delta:edge=0"),
     ("ddim", 20, "none"),
+    ("ddim", 20, "delta:edge=0"),
+    ("ddim", 18, "none"),
     ("dpm++", 20, "none"),
-    ("dpm++sde", 20, "none"),
     ("unipc", 20, "none"),
 )
 
@@ -106,6 +114,23 @@ def samples_of(pipeline: Any, setting: tuple[str, int, str], options: argparse.N
     return Samples(pipeline, parse_setting(fields), labels, options.number, seed=0, batch=options.batch)
 
 
+def facts_of(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What all rows of a table, and all parts of a folder of samples, have in common."""
+    return {
+        "weights_sha256": weights_sha256(pipeline.transformer),
+        "guidance": options.guidance,
+        "precision": options.precision,
+        "batch": options.batch,
+        "part": PART,
+    }
+
+
+def check_facts(told: dict[str, Any], facts: dict[str, Any], where: Path) -> None:
+    for name, value in facts.items():
+        if told.get(name) != value:
+            raise UserError(f"{where} is of {name}={told.get(name)}, not {value}: give another folder or table")
+
+
 # ---- samples and their quality ----
 
 
@@ -128,7 +153,11 @@ def pictures(samples: Samples, folder: Path, name: str, count: int) -> np.ndarra
     missing = [start for start in starts if not (folder / f"{start:05d}.npy").exists()]
     if missing:
         raise SystemExit(f"{name}: parts {missing} are being made by another process; run this again when it is done")
-    return np.concatenate([np.load(folder / f"{start:05d}.npy") for start in starts])[:count]
+    parts = [np.load(folder / f"{start:05d}.npy") for start in starts]
+    for start, part in zip(starts, parts, strict=True):
+        if len(part) < min(PART, count - start):
+            raise UserError(f"{folder / f'{start:05d}.npy'} holds {len(part)} pictures, too few: remove it")
+    return np.concatenate(parts)[:count]
 
 
 def quality(
@@ -189,7 +218,7 @@ def seconds_of(samples: Samples, setting: SamplingSetting, steps: int, only: int
     return time.perf_counter() - begun
 
 
-def speed_up(base: Samples, other: Samples, rounds: int = 5, stretch: int = 8) -> dict[str, float]:
+def speed_up(base: Samples, other: Samples, rounds: int = 3, stretch: int = 6) -> dict[str, float]:
     """How many times faster `other` is than all steps of `base`: the median over interleaved rounds, with its range."""
     seconds_of(other, other.setting, other.steps)  # whatever the first call has to prepare
     ratios, times = [], []
@@ -213,13 +242,20 @@ def speed_up(base: Samples, other: Samples, rounds: int = 5, stretch: int = 8) -
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     wanted = options.only or ["samples", "times", "quality"]
     pipeline = open_model(options.model)
+    facts = facts_of(pipeline, options)
+    make_folder(options.work)
+    if (noted := options.work / "facts.json").exists():
+        check_facts(json.loads(noted.read_text()), facts, options.work)
+    else:
+        atomic_write_json(noted, facts)
     settings = parse(options.settings)
     plan = {label(setting): samples_of(pipeline, setting, options) for setting in (*settings, BASELINE)}
     names = [label(setting) for setting in settings]
     count = options.number
     if "samples" in wanted or "quality" in wanted:
         made = {name: pictures(samples, options.work, name, count) for name, samples in plan.items()}
-    table = json.loads(options.table.read_text()) if options.table.exists() else {"rows": {}}
+    table = json.loads(options.table.read_text()) if options.table.exists() else {"facts": facts, "rows": {}}
+    check_facts(table["facts"], facts, options.table)
     rows = table["rows"]
     if "times" in wanted:
         for name in names:
@@ -283,10 +319,15 @@ def conclude(table: dict[str, Any]) -> None:
 
 def again(options: argparse.Namespace) -> dict[str, Any]:
     """The committed table, with the winner's speed measured anew against all steps of the baseline."""
+    if not options.table.exists():
+        raise UserError(f"{options.table} does not exist: measure it with --measure")
     table = json.loads(options.table.read_text())
+    if table.get("winner") is None:
+        raise UserError(f"{options.table} has no setting within 5 %: measure more with --measure --settings ...")
     options.guidance, options.precision, options.batch = table["guidance"], table["precision"], table["batch"]
     options.number = options.batch
     pipeline = open_model(options.model)
+    check_facts(table["facts"], facts_of(pipeline, options), options.table)
     scheduler, steps, cache = table["winner"].split("/", 2)
     base = samples_of(pipeline, BASELINE, options)
     other = samples_of(pipeline, (scheduler, int(steps), cache), options)
@@ -387,4 +428,7 @@ def plot(table: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

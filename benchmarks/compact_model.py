@@ -40,6 +40,9 @@ def write_compact(source: Path, target: Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     save_file(stored, target / WEIGHTS)
     pipeline.transformer.save_config(target)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where it lay
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     pipeline.scheduler.save_config(target)
     (target / CLASSES).write_text(json.dumps(pipeline.class_names, indent=1) + "\n")
     return sum(file.stat().st_size for file in target.iterdir())

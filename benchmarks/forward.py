@@ -13,8 +13,9 @@ Figures of EDT-S/2 (goals in brackets, for CPUs; a missed goal is reported and i
 
 - fp32_256, bf16_256 [>= 1.03, 2.4]            naive over ours at 256 px (32x32x4 latents), batch 4, without AMM
 - fp32_512_amm, bf16_512_amm [>= 1.35, 3.0]    at 512 px (64x64x4), batch 2, with the published AMM
-- amm_cost_256, amm_cost_512 [< 0.01, < 0.05]  what AMM adds to a float32 pass: the attention of each modulated block
-  timed with and without it in turn, medians of the differences, summed over these blocks, over the time of the pass;
+- amm_cost_256, amm_cost_512 [< 0.01, < 0.05]  what AMM adds to a float32 pass, as a share: in each round (`--pairs` of
+  them) the attention of each modulated block is timed with and without it, and the differences are summed and divided
+  by the time of a whole pass beside them (at 512 px a pass for every few rounds); the median of the rounds;
   amm_cost_*_bf16 likewise
 - memory                                       MiB that the passes at 512 px take at most beyond the weights, in fresh
   processes; kept biases are included, and told apart
@@ -31,7 +32,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -42,6 +42,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from machine import machine
 from torch import Tensor, nn
 
 from edt_diffusion import EDTTransformer2DModel
@@ -56,6 +57,8 @@ SPEEDS = {  # figure: (pixels, batch, AMM, dtype)
     "fp32_512_amm": (512, 2, True, torch.float32),
     "bf16_512_amm": (512, 2, True, torch.bfloat16),
 }
+ROUNDS_OF_A_PASS = {256: 1, 512: 4}  # rounds of attention with and without AMM beside one whole pass
+FEWEST_PAIRS = 50
 COSTS = {  # figure: (pixels, batch, dtype)
     "amm_cost_256": (256, 4, torch.float32),
     "amm_cost_256_bf16": (256, 4, torch.bfloat16),
@@ -129,7 +132,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", default="S", choices=sizes)
     parser.add_argument("--repeats", type=int, default=15, help="interleaved timings of each kind of pass")
-    parser.add_argument("--pairs", type=int, default=60, help="interleaved timings of attention with and without AMM")
+    parser.add_argument("--pairs", type=int, default=60, help="rounds of attention with and without AMM")
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--gpu-sizes", type=names(sizes), default=["S", "B", "XL"])
@@ -139,19 +142,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         on_gpu = arguments.device.startswith("cuda")
         arguments.only = [part for part in PARTS if (part == "gpu") == on_gpu]
     return arguments
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    told: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    if (info := Path("/proc/cpuinfo")).is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        told["cpu"] = lines[0].partition(":")[2].strip() if lines else told["cpu"]
-    told |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device.type}
-    if device.type == "cuda":
-        told["gpu"] = torch.cuda.get_device_name(device)
-    if hasattr(os, "getloadavg"):
-        told["load_average_before"] = os.getloadavg()[0]
-    return told
 
 
 def tell(results: dict[str, Any], indent: str = "") -> None:
@@ -281,27 +271,58 @@ def speeds(results: dict[str, Any], arguments: argparse.Namespace, device: torch
 
 
 def amm_costs(results: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
-    """Fill in what AMM adds to a pass."""
-    for name, (pixels, batch, dtype) in COSTS.items():
-        if name not in arguments.only:
-            continue
+    """Fill in what AMM adds to a pass, as a share of the passes timed beside it."""
+    wanted = {name: each for name, each in COSTS.items() if name in arguments.only}
+    if wanted and arguments.pairs < FEWEST_PAIRS:
+        results["note"] = (
+            f"amm_cost_*: of {arguments.pairs} pairs only; {FEWEST_PAIRS} or more for figures to be quoted"
+        )
+    for name, (pixels, batch, dtype) in wanted.items():
         model = build_network(arguments.size, pixels, amm=True)
-        call = pass_of(model, batch, dtype, device)
-        whole = statistics.median(interleaved({"pass": call}, max(5, arguments.repeats // 3), device)["pass"])
-        shares, lows, highs = 0.0, 0.0, 0.0
+        whole = pass_of(model, batch, dtype, device)
+        attentions: list[dict[bool, Callable[[], Any]]] = []
         for attention, (height, width) in model.attention_layers():
-            if attention.modulation is None:
-                continue
-            states = torch.randn(batch, height * width, attention.to_q.in_features).to(device, dtype)
-            calls: dict[str, Callable[[], Any]] = {
-                "with": lambda a=attention, x=states: a(x),
-                "without": lambda a=attention, x=states: a(x, modulate=False),
-            }
-            seconds = interleaved(calls, arguments.pairs, device)
-            low, middle, high = quartiles([a - b for a, b in zip(seconds["with"], seconds["without"], strict=True)])
-            shares, lows, highs = shares + middle / whole, lows + low / whole, highs + high / whole
-        results[name], results["spread"][name] = shares, [lows, highs]
-        results["seconds"][f"pass of {name}"] = whole
+            if attention.modulation is not None:
+                states = torch.randn(batch, height * width, attention.to_q.in_features).to(device, dtype)
+                attentions.append({
+                    modulate: lambda a=attention, x=states, m=modulate: a(x, modulate=m) for modulate in (True, False)
+                })  # fmt: skip
+        shares, passes = shares_of_modulation(attentions, whole, arguments.pairs, ROUNDS_OF_A_PASS[pixels], device)
+        spread = quartiles(shares)
+        results[name], results["spread"][name] = spread[1], spread[::2]
+        results["seconds"][f"pass of {name}"] = statistics.median(passes)
+
+
+def shares_of_modulation(
+    attentions: Sequence[dict[bool, Callable[[], Any]]],
+    whole: Callable[[], Any],
+    rounds: int,
+    rounds_of_a_pass: int,
+    device: torch.device,
+) -> tuple[list[float], list[float]]:
+    """The share of each round, and the seconds of the passes.
+
+    In a round each attention is timed with and without modulation (keys True and False), in turn first. A pass is timed
+    in the middle of every `rounds_of_a_pass` rounds, and these rounds are compared with it.
+    """
+    whole()
+    shares: list[float] = []
+    passes: list[float] = []
+    for first in range(0, rounds, rounds_of_a_pass):
+        group = range(first, min(first + rounds_of_a_pass, rounds))
+        differences: list[float] = []
+        for place in group:
+            if place == group[len(group) // 2]:
+                passes.append(seconds_of(whole, device))
+            difference = 0.0
+            for number, calls in enumerate(attentions):
+                order = (True, False) if (place + number) % 2 == 0 else (False, True)
+                calls[order[1]]()  # not counted: it finds caches cold after a pass or another block
+                seconds = {modulate: seconds_of(calls[modulate], device) for modulate in order}
+                difference += seconds[True] - seconds[False]
+            differences.append(difference)
+        shares += [difference / passes[-1] for difference in differences]
+    return shares, passes
 
 
 # Memory
@@ -383,7 +404,7 @@ def passes_on_gpu(
     for name, form in forms.items():
         model = build_network(size, pixels, amm=name != "no AMM")
         for attention, _ in model.attention_layers():
-            attention.processor.form = form  # pyright: ignore[reportAttributeAccessIssue]
+            attention.processor.form = form  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         try:
             outcome = {}
             for key, batch in (("latency_ms", 1), ("images_per_second", GPU_BATCHES[pixels])):

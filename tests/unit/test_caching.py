@@ -272,8 +272,12 @@ def test_bfloat16(name):
 
 
 def test_faster_needs_both_halves_in_one_batch():
-    with pytest.raises(UserError, match="both halves in one batch"):
+    with pytest.raises(UserError) as told:
         Loop(tiny_model()).run("faster", "both")
+    assert str(told.value) == (
+        "cache 'faster' needs guidance with both halves in one batch in every step: set a guidance scale other than 1, "
+        "one batch for both, and the guidance schedule 'constant', or choose another cache"
+    )
 
 
 def test_no_cache_leaves_alone_what_the_user_turned_on():

@@ -1,7 +1,9 @@
 """Feature caches against closed forms, against diffusers' own, and against schedules counted by hand."""
 
 import itertools
+import logging
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tiny_models import tiny_model
 from edt_diffusion.caching import CACHES, calibrate_magnitudes, feature_cache, reset
 from edt_diffusion.caching.extrapolation import Extrapolation
 from edt_diffusion.caching.magnitudes import magnitude_at, timesteps_of_points
+from edt_diffusion.caching.residuals import _Ratios
 from edt_diffusion.caching.spans import closed, taken_skips
 from edt_diffusion.models import edt
 from edt_diffusion.util.errors import UserError
@@ -238,6 +241,56 @@ def test_mag_is_that_of_diffusers_with_ratios_of_the_curve():
         mag_ratios=torch.tensor(ratios, dtype=torch.float64),
     ))  # fmt: skip
     assert torch.equal(loop.run(None), ours)
+
+
+# The default curve at the twelve timesteps of `Loop`, 999 916 833 750 666 583 500 417 333 250 167 84, to three digits:
+# 52.5 52.5 52.4 52.2 51.9 51.3 50.6 48.9 46.5 42.8 36.9 27.3. Lengths fall by 0.04 at most in one step down to 417, by
+# 0.05 and 0.08 in the two after, by 0.14 and 0.26 in the last two.
+@pytest.mark.parametrize(("options", "steps"), [
+    ("", [0, 1, 2, 3, 5, 7, 9, 10, 11]),  # 0.3 of twelve is four; every second until 0.14 is more than 0.1
+    ("retain=0", [0, 2, 4, 6, 8, 10, 11]),  # the first has nothing to reuse
+    ("retain=0.5", [0, 1, 2, 3, 4, 5, 7, 9, 10, 11]),
+    # Skipped: 2 3 4 (0.001 + 0.005 + 0.011, and three is the most), 6 7 (0.014 + 0.047; 8 would add 0.094), 9 (0.08).
+    ("retain=0.2,max_skip=3", [0, 1, 5, 8, 10, 11]),
+])  # fmt: skip
+def test_mag_skips_from_the_first_step_after_those_retained(options, steps):
+    assert steps_computed(Loop(tiny_model()), f"mag:{options}", 3) == steps
+
+
+def test_the_first_ratio_of_mag_is_one():
+    """Lengths 64 and 32 at timesteps 999 and 999 x 0.9^2; before the first there is none to compare with."""
+    site: Any = SimpleNamespace(clock=SimpleNamespace(step=0), timestep=lambda: now, steps=2)
+    curve, now = tuple(float(2 ** (i - 4)) for i in range(11)), 999.0
+    ratios = _Ratios(site, curve)
+    assert [ratios[0], ratios[0]] == [1.0, 1.0]  # twice: in both contexts
+    site.clock.step, now = 1, 999 * 0.9**2
+    assert [ratios[1], ratios[1]] == pytest.approx([0.5, 0.5])
+
+
+def test_it_is_told_whose_the_default_magnitudes_are():
+    assert "one small CIFAR-10 model" in CACHES["mag"].options["magnitudes"].text
+
+
+@NEEDS_CACHE_DIT
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO, logging.ERROR])
+def test_cache_dit_prints_nothing(level, monkeypatch):
+    """Its logger writes to standard output as it was when the package was imported, so a handler listens here."""
+    import cache_dit  # noqa: F401  # pyright: ignore[reportMissingImports]
+    from cache_dit.caching.cache_blocks import pattern_base  # pyright: ignore[reportMissingImports]
+
+    told: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: told.append(record.getMessage()))
+    logger = pattern_base.logger
+    monkeypatch.setattr(logger, "handlers", [handler])
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        Loop(tiny_model()).run("cache-dit")
+        assert logger.level == level  # as it was
+        assert not [line for line in told if "Match Blocks" in line]
+    finally:
+        logger.setLevel(before)
 
 
 def test_mag_does_not_begin_anew_where_features_were_forgotten():

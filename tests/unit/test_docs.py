@@ -160,3 +160,8 @@ def test_links_lead_somewhere(name):
 def test_files_of_the_repository_that_are_named_exist(name):
     for path in re.findall(r"`((?:tests|src|benchmarks)/[\w/.-]+)`", DOCS[name]):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", sorted(DOCS))
+def test_no_placeholder_is_left(name):
+    assert not re.findall(r"^[A-Z]{3,}_[A-Z_]+$", DOCS[name], flags=re.MULTILINE)

@@ -549,7 +549,9 @@ def test_mistakes_of_edits(edt, options, words):
 
 def test_a_sampler_that_starts_elsewhere_is_refused():
     pipeline = quiet(ClassConditionalPipeline(PairedGaussian(), EulerDiscreteScheduler()))
-    with pytest.raises(UserError, match="EulerDiscreteScheduler cannot start from a picture here: choose ddpm or ddim"):
+    with pytest.raises(
+        UserError, match="EulerDiscreteScheduler works on another scale than this model: choose ddpm or ddim"
+    ):
         edit(pipeline, picture(8, 16, 1), seeds=[1])
 
 

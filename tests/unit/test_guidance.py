@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -93,6 +94,7 @@ def test_words():
         ("interval:low=0.9", "guidance interval 0.9 to 0.8: expected 0 <= low < high <= 1"),
         ("interval:high=1.5", "guidance interval 0.1 to 1.5"),
         ("interval:low=nan", "guidance interval nan"),
+        ("interval:low=0.2,low=0.3", "low of the guidance schedule 'interval' is given twice"),
         ("power-cosine:power=0", "guidance power 0: expected a finite number above 0"),
         ("power-cosine:power=inf", "guidance power inf"),
     ],
@@ -201,7 +203,7 @@ def test_features_are_forgotten_where_passes_change(monkeypatch):
     pipeline = pipeline_of(network)
     options = {"num_inference_steps": 20, "guidance_scale": 3.0, "guidance": "interval:low=0.2,high=0.6"}
     cached = latents(pipeline, cache="fora:interval=3", **options)
-    assert len(forgotten) == 2
+    assert len(forgotten) == 3  # before the first step, and where the interval begins and ends
     assert torch.isfinite(cached).all()
     # What is made does not depend on the batch before.
     assert torch.equal(cached, latents(pipeline, cache="fora:interval=3", **options))
@@ -218,3 +220,33 @@ def test_halves_apart_keep_features_of_their_own(cache):
     torch.testing.assert_close(together, apart, atol=1e-3, rtol=0)  # as above
     plain = latents(pipeline, guidance=Guidance(2.5), num_inference_steps=9)
     assert (together - plain).abs().max() > 5e-3
+
+
+# ---- the weaker network ----
+
+
+def test_features_of_the_weaker_network_do_not_outlive_a_call():
+    pipeline, weaker = pipeline_of(tiny_model()), tiny_model()
+    with torch.no_grad():
+        weaker.proj_out.bias += 0.3
+    guidance = Guidance(2.0, weaker=weaker)
+    plain = latents(pipeline, guidance=guidance, num_inference_steps=9)
+    weaker.enable_cache(TaylorSeerCacheConfig(cache_interval=3, max_order=1))
+    one, other = (latents(pipeline, guidance=guidance, num_inference_steps=9) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, plain)
+
+
+def test_a_network_may_guide_itself():
+    """Features of the two passes of a step do not mix: guidance by the same prediction changes nothing."""
+    pipeline = pipeline_of(tiny_model())
+    options = {"cache": "fora:interval=3", "num_inference_steps": 9}
+    itself = latents(pipeline, guidance=Guidance(2.0, weaker=pipeline.transformer), **options)
+    torch.testing.assert_close(itself, latents(pipeline, **options), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("other", [{"num_classes": 4}, {"in_channels": 3}, {"sample_size": 8}])
+def test_a_weaker_network_of_another_kind_is_refused(other):
+    name, value = next(iter(other.items()))
+    with pytest.raises(UserError, match=f"the weaker network has {name}={value} and the model .*equal ones"):
+        latents(pipeline_of(Recorder()), guidance=Guidance(2.0, weaker=Recorder(**other)))

@@ -1,10 +1,11 @@
 """What a call of the pipeline may choose beside classes and seeds."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import EulerDiscreteScheduler, FirstBlockCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -12,7 +13,8 @@ from tiny_models import tiny_model
 
 from edt_diffusion import ClassConditionalPipeline
 from edt_diffusion.caching import parse_cache
-from edt_diffusion.pipelines.acceleration import ACCELERATIONS
+from edt_diffusion.pipelines.acceleration import ACCELERATIONS, Acceleration
+from edt_diffusion.pipelines.guidance import Guidance
 from edt_diffusion.pipelines.schedulers import (
     SCHEDULERS,
     default_steps,
@@ -110,13 +112,24 @@ def test_what_is_said_wins_over_the_acceleration():
     assert steps == default_steps(sampler) == 50
 
 
-def test_no_cache_can_be_asked_for_under_an_acceleration():
+def test_the_cache_of_an_acceleration_is_used_where_it_can_be():
+    """FasterCache leaves out the unconditional half of guidance: without one there is nothing to leave out."""
     pipeline = pipeline_of(tiny_model())
-    options = {"labels": [1], "seeds": [5]}
-    plain = latents(pipeline, **options, scheduler="dpm++sde", num_inference_steps=25)
-    pipeline.enable_acceleration("fast")
-    given = {"scheduler": "dpm++sde", "num_inference_steps": 25, "cache": "none"}
-    assert torch.equal(latents(pipeline, **options, **given), plain)
+    options = {"labels": [1, 2], "seeds": [5, 6]}
+    pipeline._acceleration = Acceleration("ddim", 12, "faster")
+    said = {"scheduler": "ddim", "num_inference_steps": 12}
+    for changes, cache in (
+        ({"guidance_scale": 3.0}, "faster"),
+        ({"guidance_scale": 3.0, "cache": "none"}, "none"),
+        ({"guidance_scale": 1.0}, "none"),
+        ({"guidance_scale": 3.0, "guidance": "interval"}, "none"),
+        ({"guidance": Guidance(3.0, joint=False)}, "none"),
+    ):
+        expected = latents(pipeline, **options, **said, **{**changes, "cache": cache})
+        assert torch.equal(latents(pipeline, **options, **changes), expected)
+    assert not torch.equal(
+        latents(pipeline, **options, guidance_scale=3.0), latents(pipeline, **options, guidance_scale=3.0, cache="none")
+    )
 
 
 def test_an_unknown_acceleration():
@@ -276,3 +289,43 @@ def test_what_a_callback_returns_replaces_the_sample():
 
     made = latents(pipeline, seeds=[1], num_inference_steps=3, callback_on_step_end=last)
     assert torch.equal(made, given)
+
+
+# ---- wrong input ----
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": [1.7], "seeds": [1]}, r"class 1.7: expected a name or a whole number"),
+        ({"labels": [1], "seeds": [1.5]}, r"seed 1.5: expected an integer"),
+        ({"labels": [1], "seeds": [1], "latents": float("nan")}, r"latents hold values that are not finite"),
+        ({"labels": float("nan"), "seeds": [1]}, r"class weights hold values that are not finite"),
+    ],
+)
+def test_values_that_are_none(options, said):
+    pipeline = pipeline_of(tiny_model())
+    if "latents" in options:
+        options = {**options, "latents": torch.full((1, *pipeline.sample_shape), options["latents"])}
+    if isinstance(options["labels"], float):
+        columns = pipeline.transformer.config.num_classes + 1
+        options = {**options, "labels": torch.full((1, columns), options["labels"])}
+    with pytest.raises(UserError, match=said):
+        latents(pipeline, **options)
+
+
+def test_a_scheduler_of_another_scale_is_refused():
+    """x_t = x_0 + sigma noise is not what the network was trained on: the pictures would be grey."""
+    pipeline = pipeline_of(tiny_model())
+    pipeline.scheduler = EulerDiscreteScheduler(num_train_timesteps=1000)
+    with pytest.raises(UserError, match=r"EulerDiscreteScheduler works on another scale.*choose ddpm or ddim"):
+        latents(pipeline, labels=[1])
+
+
+def test_the_cache_of_an_acceleration_goes_with_its_scheduler():
+    pipeline = pipeline_of(tiny_model())
+    options = {"labels": [1, 2], "seeds": [5, 6], "scheduler": "ddim", "num_inference_steps": 20}
+    plain = latents(pipeline, **options)
+    pipeline.enable_acceleration("fast")
+    pipeline._acceleration = replace(pipeline.acceleration, cache="fora:interval=3")
+    assert torch.equal(plain, latents(pipeline, **options))

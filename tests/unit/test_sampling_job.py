@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 from tiny_models import tiny_model
 
 from edt_diffusion import ClassConditionalPipeline
-from edt_diffusion.assemble.sampling import Request, Stopped, sample
+from edt_diffusion.assemble.sampling import Request, Stopped, open_job, sample
+from edt_diffusion.cli.app import app
 from edt_diffusion.data import open_images
 from edt_diffusion.evaluation.adm_npz import read_npz
 from edt_diffusion.pipelines.schedulers import make_scheduler
@@ -225,7 +227,7 @@ OTHERS = {
     "steps": ({"sampling": {**QUICK, "steps": 3}}, r"another number of steps \(2, now 3\)"),
     "scheduler": ({"sampling": {"steps": 2, "scheduler": "ddpm"}}, r'another scheduler \("ddim", now "ddpm"\)'),
     "precision": ({"sampling": {**QUICK, "precision": "bf16"}}, r'another precision \("fp32", now "bf16"\)'),
-    "amm": ({"amm": "0"}, "another (blocks|attention modulation)"),
+    "amm": ({"amm": "0"}, r'another attention modulation \(null, now \{"blocks"'),
     "seed": ({"seed": 1}, r"another seed \(0, now 1\)"),
     "batch": ({"batch": 5}, r"another batch size \(4, now 5\)"),
     "form": ({"to": "npz"}, r"another form \(--to\)"),
@@ -242,6 +244,19 @@ def test_another_job_is_refused(what, request_):
     with pytest.raises(UserError, match=rf"{request_.out} holds a job with {words}.*choose another --out"):
         sample(replace(request_, **changes))
     assert files_of(request_.out) == before
+
+
+def test_attention_modulation_that_is_left_out_and_facts_of_one_side_only(request_):
+    request = replace(request_, number=4, amm="0")
+    assert sample(request) is not None
+    with pytest.raises(UserError, match=r'another attention modulation \(\{"blocks": \[0\].*, now null\)'):
+        sample(replace(request, amm="off"))
+    path = request.out / PLAN
+    facts = json.loads(path.read_text())
+    facts["sampling"]["eta"] = 0.5
+    path.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"another eta \(0.5, now null\)"):
+        sample(request)
 
 
 def test_another_model_other_classes_and_other_lists_are_refused(request_, model, tmp_path):
@@ -394,6 +409,63 @@ def test_a_picture_says_how_to_make_it_again(request_, model, tmp_path):
     text = Image.open(path).text  # pyright: ignore[reportAttributeAccessIssue]
     assert (text["Title"], text["Comment"]) == ("é", facts["again"])
     assert text["Software"].startswith("edt-diffusion ")
+
+
+def test_the_command_names_a_class_where_its_number_is_the_name_of_another(tmp_path):
+    names = ["1", "10", "100", "2", "3", "tench"]
+    model = save_model(tmp_path / "numbers", names, num_classes=6)
+    outcome = sample(Request(model, number=1, sampling=dict(QUICK), out=tmp_path / "o"))
+    assert outcome is not None
+    pipeline = ClassConditionalPipeline.from_pretrained(model)
+    words = []
+    for label, path in enumerate(outcome.pictures):
+        facts = read_facts(path)
+        again = shlex.split(facts["again"])
+        words.append(again[again.index("--classes") + 1])
+        assert (facts["label"], facts["class"]) == (label, names[label])
+        assert pipeline.resolve_labels(words[-1:]) == [label]
+    assert words == ["0", "10", "100", "2", "4", "5"]
+
+
+@pytest.mark.parametrize("form", ["command", "usual"])
+def test_the_command_has_what_decides_a_picture(form, request_, monkeypatch):
+    given = {
+        "guidance": 1.5, "guidance_schedule": "interval:low=0.2,high=0.8", "channels": "authors", "cache": "taylor:interval=4",
+        "precision": "bf16",
+    }  # fmt: skip
+    asked = replace(request_, sampling={**QUICK, **(given if form == "command" else {})})
+    opened = open_job(asked)
+    command = list(opened.job.writer.notes.command)
+    assert command[:3] == ["edt", "sample", "tiny"]
+    options = {"--cache", "--guidance-schedule", "--guidance-channels", "--precision"}
+    assert options & set(command) == (options if form == "command" else set())
+    seen: list[Request] = []
+
+    def seeing(request):
+        seen.append(request)
+        raise UserError("seen")
+
+    monkeypatch.setattr("edt_diffusion.assemble.sampling.sample", seeing)
+    with pytest.raises(UserError, match="seen"):
+        app(args=[*command[1:], "--out", str(asked.out)], prog_name="edt", standalone_mode=False)
+    again = open_job(replace(seen[0], model=asked.model))
+    assert again.samples.facts() == opened.samples.facts()
+    if form == "command":
+        facts = again.samples.facts()
+        assert (facts["guidance"], facts["guided_channels"], facts["precision"]) == (1.5, 3, "bf16")
+        assert facts["guidance_schedule"].startswith("interval")
+        assert facts["cache"].startswith("taylor")
+
+
+@pytest.mark.parametrize("name", ["job.json", "Job.JSON"])
+def test_a_class_with_the_name_of_the_job_s_file(name, tmp_path):
+    model = save_model(tmp_path / "named", ["a", name, "c", "d", "e"])
+    request = Request(model, number=1, sampling=dict(QUICK), out=tmp_path / "o")
+    with pytest.raises(UserError, match=f"in a folder '{name}', and job.json is the file .* or use --to npz"):
+        sample(request)
+    assert not request.out.exists()
+    assert sample(replace(request, classes="a,c")) is not None
+    assert sample(replace(request, to="npz", out=tmp_path / "n")) is not None
 
 
 def test_presets_leave_what_is_given(request_, tmp_path):

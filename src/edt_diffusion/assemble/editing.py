@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from ..data.picture import decoding_error, fit_picture, load_picture
 from ..pipelines.class_conditional import ClassConditionalPipeline
 from ..pipelines.loading import load_pipeline
 from ..pipelines.precision import in_precision
-from ..sampling.notes import KEYWORD
+from ..sampling.notes import KEYWORD, shareable_name
 from ..util.errors import UserError
 from ..util.files import atomic_write_bytes, make_folder
-from ..util.pictures import grid, save_png, to_pil
+from ..util.pictures import grid, read_notes, save_png, to_pil
+from .facts import model_facts
 
 # Values of a mask from here on are made anew.
 THRESHOLD = 128
@@ -47,8 +49,10 @@ class Original:
         return self.size != self.picture.shape[:2]
 
 
-def open_model(model: str, device: str | None, precision: str | None, quiet: bool) -> ClassConditionalPipeline:
-    """A pipeline on its device.
+def open_model(
+    model: str, device: str | None, precision: str | None, quiet: bool
+) -> tuple[ClassConditionalPipeline, dict[str, Any]]:
+    """A pipeline on its device, and what its pictures' notes say of it.
 
     Args:
         model: run folder, diffusers folder or hub name.
@@ -56,10 +60,14 @@ def open_model(model: str, device: str | None, precision: str | None, quiet: boo
         precision: a name of `pipelines.precision.PRECISIONS`; None leaves the network as it is.
         quiet: draw no bar; otherwise one is drawn in terminals.
 
+    Returns:
+        The pipeline; "model" (facts of the saved weights), "precision" and "attention_modulation".
+
     Raises:
         UserError: no such model, device or precision.
     """
     pipeline = load_pipeline(model)
+    origin = model_facts(pipeline, shareable_name(model))  # before another precision changes the weights
     try:
         pipeline.to(device or default_device())
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -68,7 +76,9 @@ def open_model(model: str, device: str | None, precision: str | None, quiet: boo
     if precision is not None:
         pipeline.transformer = in_precision(pipeline.transformer, precision)
     pipeline.set_progress_bar_config(disable=quiet or None, leave=False)
-    return pipeline
+    setting = pipeline.transformer.attention_modulation
+    modulation = None if setting is None else setting.to_config()
+    return pipeline, {"model": origin, "precision": precision or "fp32", "attention_modulation": modulation}
 
 
 def read_original(picture: Path, mask: Path | None, shape: tuple[int, int, int]) -> Original:
@@ -125,14 +135,19 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(shares) > 0
 
 
-def write_pictures(folder: Path, stem: str, images: np.ndarray, facts: Sequence[Mapping[str, Any]]) -> list[Path]:
+def write_pictures(
+    folder: Path, stem: str, images: np.ndarray, facts: Sequence[Mapping[str, Any]], keep: Sequence[Path] = ()
+) -> list[Path]:
     """Write PNG files STEM-0000.png and on, each with its facts in it.
+
+    Files of such names beyond these are removed if their notes say that edt-diffusion wrote them.
 
     Args:
         folder: made where it is missing.
         stem: of the names.
         images: uint8 (N, H, W, C).
         facts: one per picture, for JSON.
+        keep: files that are not removed, such as the picture that was changed.
     """
     make_folder(folder)
     paths = [folder / f"{stem}-{index:04d}.png" for index in range(len(images))]
@@ -140,7 +155,19 @@ def write_pictures(folder: Path, stem: str, images: np.ndarray, facts: Sequence[
         whole = {**said, "version": __version__}
         notes = {"Software": f"edt-diffusion {__version__}", KEYWORD: json.dumps(whole, ensure_ascii=False)}
         save_png(to_pil(image), path, notes)
+    kept = {path.resolve() for path in keep}
+    for path in folder.glob("*.png"):
+        numbered = re.fullmatch(re.escape(stem) + r"-([0-9]{4,})\.png", path.name)
+        if numbered and int(numbered[1]) >= len(paths) and path.resolve() not in kept and _is_ours(path):
+            path.unlink()
     return paths
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return KEYWORD in read_notes(path)
+    except UserError:
+        return False
 
 
 def write_comparison(path: Path, original: Original, images: np.ndarray) -> None:

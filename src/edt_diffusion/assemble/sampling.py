@@ -14,6 +14,7 @@ import torch
 from ..data.encoding_job import default_device, processes
 from ..pipelines import ClassConditionalPipeline
 from ..pipelines.acceleration import choose_acceleration
+from ..pipelines.guidance import Guidance, parse_schedule
 from ..pipelines.loading import load_pipeline
 from ..pipelines.modulation import choose_modulation
 from ..pipelines.schedulers import prediction_type_of
@@ -254,7 +255,8 @@ def _setting(request: Request, pipeline: ClassConditionalPipeline) -> SamplingSe
         if fields.get("scheduler") is None:
             fields["scheduler"] = chosen.scheduler
             fields.setdefault("steps", chosen.steps)
-        fields.setdefault("cache", chosen.cache)
+            schedule = parse_schedule(fields.get("guidance_schedule", "constant"))
+            fields.setdefault("cache", chosen.cache_for(Guidance(fields["guidance"], schedule).always_doubled))
     return parse_setting(fields)
 
 

@@ -5,6 +5,9 @@ used, called by a hook of the first block, with a manager for each of our contex
 of guidance cannot meet.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +18,19 @@ from .site import CacheHook, Site
 from .spans import taken_skips
 
 _NAME = "edt"
+_LOGGER = "cache_dit.caching.cache_blocks.pattern_base"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """cache-dit's line "Match Blocks: ..." on standard output is left out; warnings are not."""
+    logger = logging.getLogger(_LOGGER)
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class UnifiedState(BaseState):
@@ -30,15 +46,16 @@ class UnifiedState(BaseState):
             name=_NAME, cache_config=cache_dit.DBCacheConfig(**settings), calibrator_config=calibration
         )
         self.manager = manager
-        self.blocks: Any = CachedBlocks(
-            network.blocks,  # pyright: ignore[reportArgumentType]
-            transformer=network,
-            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
-            check_forward_pattern=True,
-            cache_prefix="blocks",
-            cache_context=_NAME,
-            context_manager=manager,
-        )
+        with _quiet():
+            self.blocks: Any = CachedBlocks(
+                network.blocks,  # pyright: ignore[reportArgumentType]
+                transformer=network,
+                forward_pattern=cache_dit.ForwardPattern.Pattern_3,
+                check_forward_pattern=True,
+                cache_prefix="blocks",
+                cache_context=_NAME,
+                context_manager=manager,
+            )
         self.inside = False
         self.computed = 0  # blocks, in the current call
 

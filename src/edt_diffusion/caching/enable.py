@@ -28,7 +28,7 @@ def feature_cache(
         setting: see `parse_cache`; None does nothing, and leaves alone what `enable_cache` of diffusers turned on.
         steps: calls of the network in each context (two a step for two-stage solvers such as Heun's).
         timestep: returns the timestep of the current step, 0 ... 999.
-        guided: whether each call holds both halves of guidance in one batch, the unconditional half first.
+        guided: whether the call of every step holds both halves of guidance in one batch, the unconditional half first.
 
     Raises:
         UserError: an unknown cache or option, one that this network or sampling cannot have, or another cache is on.
@@ -47,8 +47,8 @@ def feature_cache(
     choice = CACHES[setting.name]
     if choice.joint_guidance_only and not guided:
         raise UserError(
-            f"cache {setting.name!r} needs guidance with both halves in one batch: set a guidance scale other than 1 "
-            "and one batch for both, or choose another cache"
+            f"cache {setting.name!r} needs guidance with both halves in one batch in every step: set a guidance scale "
+            "other than 1, one batch for both, and the guidance schedule 'constant', or choose another cache"
         )
     site = Site(network, setting, choice.with_defaults(setting), steps, timestep, guided)
     try:

@@ -31,11 +31,16 @@ def install_first_block(site: Site) -> None:
 
 
 class _Ratios:
-    """Length of the residual over its length one step before, by step; worked out when asked for, from timesteps."""
+    """Length of the residual over its length one step before, by step; worked out when asked for, from timesteps.
+
+    The first step asked for has none before it, and a ratio of 1.
+    """
 
     def __init__(self, site: Site, curve: tuple[float, ...]) -> None:
         self.site, self.curve = site, curve
-        self._step, self._now, self._before = -1, 1.0, 1.0
+        self._step = -1
+        self._now: float | None = None
+        self._ratio = 1.0
 
     def __len__(self) -> int:
         return self.site.steps
@@ -43,8 +48,9 @@ class _Ratios:
     def __getitem__(self, step: int) -> float:
         if self.site.clock.step != self._step:
             self._step = self.site.clock.step
-            self._before, self._now = self._now, magnitude_at(self.curve, self.site.timestep())
-        return self._now / self._before
+            before, self._now = self._now, magnitude_at(self.curve, self.site.timestep())
+            self._ratio = 1.0 if before is None else self._now / before
+        return self._ratio
 
 
 class _MagState(MagCacheState):

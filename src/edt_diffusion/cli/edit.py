@@ -32,7 +32,7 @@ def edit(
         None, "--resamplings", metavar="N", help="With a mask: how often each stretch is walked (10)."
     ),
     paste: bool = typer.Option(
-        True, "--paste/--no-paste", help="With a mask: known pixels exactly as in the picture (--paste)."
+        None, "--paste/--no-paste", help="With a mask: known pixels exactly as in the picture (--paste)."
     ),
     precision: str = typer.Option(None, "--precision", metavar="NAME", help="fp32, bf16, ..."),
     batch_size: int = typer.Option(16, "--batch-size", min=1, metavar="N", help="Pictures computed at once."),
@@ -62,16 +62,26 @@ def edit(
     if not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number, such as 2")
     _check_together(mask, "without", {"--strength": strength, "--scheduler": scheduler})
-    _check_together(mask, "with", {"--jump-length": jump_length, "--resamplings": resamplings})
+    pasting = {} if paste is None else {"--paste" if paste else "--no-paste": ""}
+    _check_together(mask, "with", {"--jump-length": jump_length, "--resamplings": resamplings, **pasting})
     if strength is not None and not 0 < strength <= 1:
         raise UserError(f"--strength {strength:g}: expected above 0 and at most 1, such as 0.6")
-    pipeline = open_model(model, device, precision, quiet)
+    pipeline, origin = open_model(model, device, precision, quiet)
     classes = pipeline.transformer.config.num_classes
     if classes is not None and wanted is None:
         raise UserError(f"this model has {classes} classes: say what to make of the picture with --class")
     if classes is None and wanted is not None:
         raise UserError("this model is unconditional: leave out --class")
-    pipeline.resolve_labels(wanted)
+    labels = pipeline.resolve_labels(wanted)
+    longest = pipeline.scheduler.config["num_train_timesteps"]
+    if steps is not None and steps > longest:
+        raise UserError(f"--steps {steps}: the model's noising process has {longest} steps, expected at most as many")
+    if mask is not None:
+        _check_repainting(
+            STEPS if steps is None else steps,
+            JUMP_LENGTH if jump_length is None else jump_length,
+            RESAMPLINGS if resamplings is None else resamplings,
+        )
     original = read_original(picture, mask, picture_shape(pipeline))
     seeds = [image_seed(seed, index) for index in range(number)]
     shared: dict[str, Any] = {"guidance_scale": guidance if classes is not None else 1.0, "batch_size": batch_size}
@@ -95,15 +105,20 @@ def edit(
         if not quiet:
             print(f"{how}: fewer with --steps, --resamplings", file=sys.stderr, flush=True)
         images = inpaint(
-            pipeline, original.picture, original.mask, wanted, seeds=seeds, num_inference_steps=steps, paste=paste,
-            output_type="uint8", **settings, **shared,
+            pipeline, original.picture, original.mask, wanted, seeds=seeds, num_inference_steps=steps,
+            paste=paste is not False, output_type="uint8", **settings, **shared,
         ).images  # fmt: skip
+        settings["paste"] = paste is not False
     images = np.asarray(images)
+    label = None if labels is None else int(labels[0])
+    names = pipeline.class_names or []
     said = {
-        "picture": picture.name, "mask": mask and mask.name, "class": wanted, "guidance": shared["guidance_scale"],
-        "steps": count, **settings,
+        "what": "edit", "source": picture.name, "mask": mask and mask.name, "label": label,
+        "class": names[label] if label is not None and label < len(names) else None,
+        "guidance": shared["guidance_scale"], "steps": count, **settings, "batch": batch_size, **origin,
     }  # fmt: skip
-    files = write_pictures(out, "edit", images, [{"seed": one, **said} for one in seeds])
+    kept = [picture] if mask is None else [picture, mask]
+    files = write_pictures(out, "edit", images, [{"seed": one, **said} for one in seeds], keep=kept)
     write_comparison(out / "grid.png", original, images)
     facts = {
         "folder": str(out), "pictures": [str(file) for file in files], "grid": str(out / "grid.png"), "seeds": seeds,
@@ -127,4 +142,19 @@ def _check_together(mask: Path | None, meant: str, options: dict[str, Any]) -> N
     for name, value in options.items():
         if value is not None:
             remedy = f"leave out {name}, or --mask" if mask is not None else "give a --mask too"
-            raise UserError(f"{name} {value} is for changing pictures {meant} a mask: {remedy}")
+            raise UserError(f"{f'{name} {value}'.rstrip()} is for changing pictures {meant} a mask: {remedy}")
+
+
+def _check_repainting(steps: int, jump_length: int, resamplings: int) -> None:
+    """Refuse what `pipelines.inpainting.visited_levels` would, by the names of the options."""
+    from ..util.errors import UserError
+
+    if steps < 2:
+        raise UserError(f"--steps {steps}: a masked part needs at least 2")
+    for name, value in (("--jump-length", jump_length), ("--resamplings", resamplings)):
+        if value < 1:
+            raise UserError(f"{name} {value}: expected at least 1")
+    if resamplings > 1 and jump_length >= steps:
+        raise UserError(
+            f"--jump-length {jump_length} with {steps} steps: expected at most {steps - 1}, or --resamplings 1 for none"
+        )

@@ -30,7 +30,7 @@ def info(
         from ..sampling.notes import read_facts
 
         made = read_facts(Path(model))
-        finish("\n".join([model, *_said_by_picture(made)]), {"picture": model, **made}, as_json)
+        finish("\n".join([model, *_said_by_picture(made)]), {**made, "picture": model}, as_json)
         return
     named = named_model(model, image_size)
     network = named if named is not None else load_pipeline(model).transformer
@@ -58,7 +58,11 @@ def info(
     finish("\n".join(lines), {"model": model, **facts}, as_json)
 
 
-_SHORTER = {"guided_channels": "guided", "guidance_schedule": "schedule"}
+_SHORTER = {
+    "what": "made with", "guidance_channels": "guided", "guidance_schedule": "schedule", "jump_length": "jump length",
+}  # fmt: skip
+# Shown in a line of their own form, or not at all.
+_APART = ("seed", "label", "class", "model", "sampling", "attention_modulation", "batch", "version", "again")
 
 
 def _words(setting: dict | None) -> str:
@@ -69,19 +73,31 @@ def _words(setting: dict | None) -> str:
 
 
 def _said_by_picture(facts: dict[str, Any]) -> list[str]:
-    """Lines about how a picture was made."""
-    known = facts.get("sampling", {})
-    modulation = known.get("attention_modulation")
-    others = {name: value for name, value in known.items() if name != "attention_modulation" and value is not None}
-    which = "none" if facts.get("label") is None else f"{facts['label']} ({facts.get('class')})"
-    origin = facts.get("model", {})
-    return [
-        f"class          {which}",
-        f"seed           {facts.get('seed')}",
-        f"model          {origin.get('from')} ({str(origin.get('transformer_sha256'))[:12]})",
-        *(f"{_SHORTER.get(name, name):<14} {value}" for name, value in others.items()),
-        f"AMM            {_words(modulation)}",
-        f"batch          {facts.get('batch')}",
-        f"made by        edt-diffusion {facts.get('version')}",
-        f"again          {facts.get('again')}",
-    ]
+    """Lines about how a picture was made, for those facts that it tells."""
+    known = {**{name: value for name, value in facts.items() if name not in _APART}, **facts.get("sampling", {})}
+    known |= {name: facts[name] for name in ("attention_modulation",) if name in facts}
+    lines = {}
+    if facts.get("label") is not None:
+        name = facts.get("class")
+        lines["class"] = f"{facts['label']}" if name is None else f"{facts['label']} ({name})"
+    elif "label" in facts:
+        lines["class"] = "none"
+    lines["seed"] = facts.get("seed")
+    if origin := facts.get("model"):
+        lines["model"] = f"{origin['from']} ({str(origin['transformer_sha256'])[:12]})"
+    lines |= {_SHORTER.get(name, name): _shown(value) for name, value in known.items() if name not in _APART}
+    if "attention_modulation" in known:
+        lines["AMM"] = _words(known["attention_modulation"])
+    lines["batch"] = facts.get("batch")
+    if "version" in facts:
+        lines["made by"] = f"edt-diffusion {facts['version']}"
+    lines["again"] = facts.get("again")
+    return [f"{name:<14} {value}" for name, value in lines.items() if value is not None]
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or None
+    return value

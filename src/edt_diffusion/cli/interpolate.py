@@ -1,6 +1,7 @@
 """`edt interpolate`."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -50,7 +51,7 @@ def interpolate(
     if not math.isfinite(guidance):
         raise UserError(f"--guidance {guidance}: expected a finite number, such as 2")
     numbers = _numbers(seeds)
-    pipeline = open_model(model, device, precision, quiet)
+    pipeline, origin = open_model(model, device, precision, quiet)
     names = [] if classes is None else class_list(classes, pipeline.class_names or [])
     conditional = pipeline.transformer.config.num_classes is not None
     if conditional and not names:
@@ -75,9 +76,14 @@ def interpolate(
         output_type="uint8",
     )
     images = np.asarray(made.images)
-    shared = {"classes": names, "seeds": numbers, "scheduler": made.scheduler, "steps": made.steps}
+    shared: dict[str, Any] = {"classes": names, "seeds": numbers, "scheduler": made.scheduler, "steps": made.steps}
     if conditional:
+        labels = pipeline.resolve_labels(names)
+        known = pipeline.class_names or []
+        shared["labels"] = [int(label) for label in labels]
+        shared["classes"] = [known[label] if label < len(known) else None for label in shared["labels"]]
         shared["guidance"] = guidance
+    shared = {"what": "interpolate", **shared, "batch": batch_size, **origin}
     files = write_pictures(out, "frame", images, [{**shared, "position": place} for place in made.positions])
     save_png(grid(images, frames if count == 2 else len(images)), out / "strip.png")
     write_film(out / "interpolation.gif", images)

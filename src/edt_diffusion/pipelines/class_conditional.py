@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .. import models as _models  # noqa: F401  (diffusers opens only parts whose modules are imported)
-from ..caching import CacheSetting, feature_cache, parse_cache, reset
+from ..caching import CacheSetting, feature_cache, parse_cache
 from ..data.codec import Codec, LatentScaling, PixelCodec, VAECodec, to_uint8
 from ..data.vae import forget_source
 from ..util.errors import UserError
@@ -24,7 +24,14 @@ from ..util.pictures import to_pil
 from ..util.rng import image_generators
 from .acceleration import Acceleration, choose_acceleration
 from .guidance import Guidance, GuidedNetwork, parse_schedule
-from .schedulers import default_steps, predicted_original, prediction_type_of, scheduler_like, set_steps
+from .schedulers import (
+    default_steps,
+    fitting_schedulers,
+    predicted_original,
+    prediction_type_of,
+    scheduler_like,
+    set_steps,
+)
 
 # Called after each step: (pipeline, step, timestep, {"latents": x_t, "predicted": estimate of x_0}) -> replacements.
 StepCallback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -136,6 +143,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else f"numbers 0 to {count - 1}"
             )
             raise UserError(f"unknown class {entry!r}: this model knows {known}{hint}")
+        if isinstance(entry, float) and not entry.is_integer():
+            raise UserError(f"class {entry}: expected a name or a whole number")
         label = int(entry)
         if not 0 <= label < count:
             raise UserError(f"class number {label}: this model has classes 0 to {count - 1}")
@@ -175,6 +184,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             scheduler = chosen.scheduler
             num_inference_steps = chosen.steps if num_inference_steps is None else num_inference_steps
         sampler = self.scheduler if scheduler is None else scheduler_like(scheduler, self.scheduler, self._learns_sigma)
+        if getattr(sampler, "init_noise_sigma", 1.0) != 1.0:  # x_t = x_0 + sigma noise, which the network never saw
+            fitting = " or ".join(fitting_schedulers(prediction_type_of(sampler)))
+            raise UserError(f"{type(sampler).__name__} works on another scale than this model: choose {fitting}")
         steps = default_steps(sampler) if num_inference_steps is None else num_inference_steps
         longest = sampler.config["num_train_timesteps"]
         if steps > longest:
@@ -242,14 +254,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
             seeds = torch.randint(2**31, (count,)).tolist()
         if len(seeds) != count:
             raise UserError(f"{len(seeds)} seeds for {count} pictures: give one seed per picture")
+        for seed in seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+                raise UserError(f"seed {seed!r}: expected an integer")
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance_scale, parse_schedule(guidance), guidance_channels)
         if output_type not in ("pil", "uint8", "np", "pt", "latent"):
             raise UserError(f"output_type={output_type!r}: expected pil, uint8, np, pt or latent")
         sampler, steps = self.sampler(scheduler, num_inference_steps)
+        # The preset's cache goes with its scheduler: another one was asked for as it is.
+        chosen = self._acceleration if scheduler is None else None
         if latents is not None and tuple(latents.shape) != (count, *self.sample_shape):
             raise UserError(f"latents of shape {tuple(latents.shape)}: expected {(count, *self.sample_shape)}")
-        setting = parse_cache(self._acceleration.cache if cache is None and self._acceleration else cache)
+        if latents is not None and not latents.isfinite().all():
+            raise UserError("latents hold values that are not finite: expected noise of unit deviation")
+        if cache is None and chosen is not None:
+            cache = chosen.cache_for(labels is not None and guidance.always_doubled)
+        setting = parse_cache(cache)
         batches = []
         for start in range(0, count, batch_size or count):
             part = slice(start, start + (batch_size or count))
@@ -257,7 +278,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             # Drawn one by one in float32 on the CPU: a picture depends on its seed alone, not on its batch or device.
             noise = [torch.randn(self.sample_shape, generator=generator) for generator in generators]
             sample = torch.stack(noise) if latents is None else latents[part].float()
-            sample = (sample * getattr(sampler, "init_noise_sigma", 1.0)).to(self._execution_device)
+            sample = sample.to(self._execution_device)
             guided = GuidedNetwork(
                 self.transformer,
                 None if labels is None else labels[part].to(self._execution_device),
@@ -307,8 +328,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         set_steps(scheduler, steps, self._execution_device)
         if int(scheduler.timesteps[0]) == 0:  # nothing would be denoised
             raise UserError(f"num_inference_steps={steps}: this scheduler needs at least 2")
-        reset(network)  # else features of the batch before would be reused
-        if begin and hasattr(scheduler, "set_begin_index"):
+        guided.reset()  # else features of the batch before would be reused
+        if hasattr(scheduler, "set_begin_index"):  # else a multistep solver looks for a timestep that may occur twice
             scheduler.set_begin_index(begin)
         timesteps = scheduler.timesteps[begin:]
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -370,6 +391,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if count is None or classes.ndim != 2 or classes.shape[1] != count + 1:
                 expected = "no classes" if count is None else f"(N, {count + 1}), a weight per class and one for none"
                 raise UserError(f"class weights of shape {tuple(classes.shape)}: this model takes {expected}")
+            if not classes.isfinite().all():
+                raise UserError("class weights hold values that are not finite: expected numbers such as 0.5")
             return classes.float()
         labels = self.resolve_labels(classes)
         return None if labels is None else torch.tensor(labels, dtype=torch.int64)

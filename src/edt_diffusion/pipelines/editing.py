@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..caching import reset
 from ..util.errors import UserError
 from ..util.rng import image_generators
 from .class_conditional import ClassConditionalOutput, ClassConditionalPipeline, StepCallback
@@ -55,10 +54,10 @@ class Request:
     def guided(self, rows: slice, horizon: float) -> GuidedNetwork:
         """The network as a sampler calls it, for some of the results, forgetful of what was sampled before."""
         network, device = self.pipeline.transformer, self.pipeline._execution_device
-        reset(network)
-        return GuidedNetwork(
-            network, None if self.labels is None else self.labels[rows].to(device), self.guidance, horizon
-        )
+        labels = None if self.labels is None else self.labels[rows].to(device)
+        guided = GuidedNetwork(network, labels, self.guidance, horizon)
+        guided.reset()
+        return guided
 
     def result(self, images: Any) -> ClassConditionalOutput:
         """The pipeline's kind of answer."""

@@ -93,6 +93,8 @@ def parse_schedule(text: "str | Schedule") -> Schedule:
             raise UserError(
                 f"{word.strip()!r} is no setting of the guidance schedule {name!r}: expected {expected}{hint}"
             )
+        if key in given:
+            raise UserError(f"{key} of the guidance schedule {name!r} is given twice: give it once")
         try:
             given[key] = float(value)
         except ValueError:
@@ -134,13 +136,18 @@ class Guidance:
         if not (self.scale >= 0 and math.isfinite(self.scale)):
             raise UserError(f"guidance_scale={self.scale:g}: expected 0 or more (1 is off)")
 
+    @property
+    def always_doubled(self) -> bool:
+        """Whether every step of a conditional model has both halves in one batch."""
+        return self.scale != 1.0 and self.schedule == Constant() and self.weaker is None and self.joint
+
 
 class GuidedNetwork:
     """A network as a sampler calls it: `guided(sample, timestep)` gives the raw prediction in float32.
 
     Passes over the network run in cache contexts: "cond_uncond" for both halves in one batch, the unconditional half
-    first; "cond" and "uncond" for separate ones. Where steps change between one pass and two, features kept for reuse
-    are forgotten, because they are of steps long past.
+    first; "cond" and "uncond" for separate ones; "weaker" for a weaker network. Where steps change between one pass and
+    two, features kept for reuse are forgotten, because they are of steps long past.
 
     Args:
         network: a denoiser such as `EDTTransformer2DModel`.
@@ -159,6 +166,14 @@ class GuidedNetwork:
         self.guided_channels = min(GUIDANCE_CHANNELS[guidance.channels] or channels, channels)
         self.passes = 0
         self._ways: str | None = None
+        if guidance.weaker is not None:
+            _check_alike(network.config, guidance.weaker.config)
+
+    def reset(self) -> None:
+        """Forget features that either network keeps for reuse."""
+        reset(self.network)
+        if self.guidance.weaker is not None:
+            reset(self.guidance.weaker)
 
     def scale_at(self, timestep: Tensor | float) -> float:
         """The guidance scale at a timestep; 1 means one pass."""
@@ -177,7 +192,7 @@ class GuidedNetwork:
         joint = scale != 1.0 and self.doubled
         ways = "joint" if joint else "single" if scale == 1.0 else "separate"
         if self._ways not in (None, ways):
-            reset(self.network)
+            self.reset()
         self._ways = ways
         if joint:
             labels = torch.cat([self.null, self.labels])  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -188,7 +203,8 @@ class GuidedNetwork:
         if scale == 1.0:
             return cond
         if self.guidance.weaker is not None:
-            other = self._pass(self.guidance.weaker, "cond", sample, timestep, self.labels)
+            # In a context of its own: it may be the very network.
+            other = self._pass(self.guidance.weaker, "weaker", sample, timestep, self.labels)
         else:
             other = self._pass(self.network, "uncond", sample, timestep, self.null)
         return combine(cond, other, scale, self.guided_channels)
@@ -203,6 +219,15 @@ class GuidedNetwork:
                 hidden_states=sample.to(network.dtype), timestep=timestep, class_labels=labels, return_dict=False
             )
         return output[0].float()
+
+
+def _check_alike(config: Any, weaker: Any) -> None:
+    for name in ("num_classes", "in_channels", "sample_size"):
+        ours, theirs = (list(one[name]) if isinstance(one[name], tuple) else one[name] for one in (config, weaker))
+        if ours != theirs:
+            raise UserError(
+                f"the weaker network has {name}={theirs} and the model {ours}: autoguidance needs equal ones"
+            )
 
 
 def null_labels(labels: Tensor, null: int) -> Tensor:

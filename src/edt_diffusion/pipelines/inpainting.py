@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..caching import reset
 from ..data.codec import from_uint8, to_uint8
 from ..nn.noise_schedule import respaced_timesteps
 from ..util.errors import UserError
@@ -205,7 +204,7 @@ def _repaint(
         if after > now:
             factor, deviation = levels.up(now, after)
             sample = factor * sample + deviation * noise
-            reset(guided.network)  # kept features are of other levels
+            guided.reset()  # kept features are of other levels
             continue
         time = torch.tensor(levels.times[now].item(), device=device)
         output = guided(sample, time)

@@ -13,6 +13,7 @@ from .counting import WorkCounter, counting
 from .parts import watched
 
 NETWORK, SCHEDULER, DECODING, REST = PIECES = ("network", "scheduler", "decoding", "other")
+WARMUP_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def profile_sampling(
     guidance: float = 1.0,
     cache: str = "none",
 ) -> SamplingProfile:
-    """Make one batch of pictures of the classes in turn.
+    """Make one batch of pictures of the classes in turn, after a short one that is not measured.
+
+    The short one has the same settings and two steps, the fewest that every sampler takes: what only a first call does
+    (compiling, choosing kernels, allocating) is in no figure.
 
     Args:
         pipeline: its network may be in any precision, compiled or not.
@@ -74,6 +78,14 @@ def profile_sampling(
     labels = None if classes is None else [number % classes for number in range(batch)]
     stopwatch = Stopwatch(clock)
     pictures = pipeline.vae is not None or network.config.in_channels in (1, 3)
+    settings: dict[str, Any] = {
+        "guidance_scale": guidance if classes is not None else 1.0,
+        "seeds": [image_seed(0, number) for number in range(batch)],
+        "scheduler": scheduler,
+        "cache": cache,
+        "output_type": "uint8" if pictures else "latent",
+    }
+    pipeline(labels, num_inference_steps=min(count, WARMUP_STEPS), **settings)
     with contextlib.ExitStack() as stack:
         counter = stack.enter_context(counting(network, inside=block_work is not None))
         stack.enter_context(watched(network, lambda: stopwatch.enter(NETWORK), stopwatch.leave))
@@ -81,15 +93,7 @@ def profile_sampling(
             stack.enter_context(watched(decoder, lambda: stopwatch.enter(DECODING), stopwatch.leave))
         stack.enter_context(_timed_steps(type(sampler), stopwatch))
         stopwatch.enter(REST)
-        pipeline(
-            labels,
-            guidance_scale=guidance if classes is not None else 1.0,
-            num_inference_steps=count,
-            seeds=[image_seed(0, number) for number in range(batch)],
-            scheduler=scheduler,
-            cache=cache,
-            output_type="uint8" if pictures else "latent",
-        )
+        pipeline(labels, num_inference_steps=count, **settings)
         stopwatch.leave()
     spent = stopwatch.seconds()
     seconds = {piece: spent.get(piece, 0.0) for piece in PIECES}

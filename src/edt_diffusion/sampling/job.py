@@ -97,11 +97,12 @@ class Job:
 
     def _refuse_others(self, there: dict[str, Any]) -> None:
         had, now = _flat(there), _flat(self.facts)
-        for name, value in now.items():
-            if name != "model.from" and had.get(name) != value:
+        for name in now | had:  # a fact that only one of them has is one that differs, unless it is None
+            then, value = had.get(name), now.get(name)
+            if name not in _NOT_COMPARED and then != value:
                 shown = _NAMES.get(name, name.rpartition(".")[2].replace("_", " "))
                 raise OtherJob(
-                    f"{self.folder} holds a job with another {shown} ({_short(had.get(name))}, now {_short(value)}): "
+                    f"{self.folder} holds a job with another {shown} ({_short(then)}, now {_short(value)}): "
                     "choose another --out, or give the same as then"
                 )
         count = there["count"]
@@ -225,6 +226,10 @@ def told_by_the_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
+# What the file says beside the facts, and a fact that decides no picture.
+_NOT_COMPARED = {"what", "format", "count", "pictures_sha256", "version", "model.from"}
+# Facts that are compared as a whole: None, or several values.
+_WHOLE = {"sampling.attention_modulation"}
 # Facts whose names need saying otherwise.
 _NAMES = {
     "to": "form (--to)",
@@ -239,10 +244,11 @@ _NAMES = {
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested facts under dotted names."""
+    """Nested facts under dotted names, but for those of `_WHOLE`."""
     out: dict[str, Any] = {}
     for name, value in facts.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        full = prefix + name
+        out |= _flat(value, f"{full}.") if isinstance(value, dict) and full not in _WHOLE else {full: value}
     return out
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,16 @@ class Notes:
     batch: int
     command: tuple[str, ...]
 
-    def of(self, seed: int, label: int | None, name: str | None) -> dict[str, str]:
-        """Texts by PNG keyword, for one picture."""
-        which = [] if label is None else ["--classes", str(label)]
+    def of(self, seed: int, label: int | None, name: str | None, class_names: Sequence[str] = ()) -> dict[str, str]:
+        """Texts by PNG keyword, for one picture.
+
+        Args:
+            seed: of the picture.
+            label: of the picture; None of an unconditional model.
+            name: of its class.
+            class_names: of the model, in label order; empty if they are not known.
+        """
+        which = [] if label is None else ["--classes", _class_word(label, class_names)]
         again = shlex.join([*self.command, *which, "--seeds", str(seed)])
         facts = {
             "seed": seed, "label": label, "class": name, "batch": self.batch, "sampling": dict(self.sampling),
@@ -47,6 +54,12 @@ class Notes:
             "Comment": again,
             KEYWORD: json.dumps(facts, ensure_ascii=False),
         }
+
+
+def _class_word(label: int, class_names: Sequence[str]) -> str:
+    """What `--classes` reads as this label: its number, unless that is the name of a class. Names come first there."""
+    number = str(label)
+    return class_names[label] if number in class_names else number
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...util.errors import UserError
 from ...util.pictures import is_whole_png, save_png, to_pil
 from .base import Writer
 
@@ -27,6 +28,16 @@ class PngWriter(Writer):
     @cached_property
     def _folders(self) -> set[Path]:
         return {path.parent for path in self._paths}
+
+    def prepare(self) -> None:
+        from ..job import PLAN  # which imports the writers
+
+        for folder in self._folders - {self.folder}:
+            if folder.name.casefold() == PLAN:  # the same name on some file systems
+                raise UserError(
+                    f"the pictures of a class would be kept in a folder {folder.name!r}, and {PLAN} is the file that "
+                    "says what the job is: leave that class out, or use --to npz or parquet"
+                )
 
     def missing(self, batches: Iterable[int]) -> list[int]:
         out = []
@@ -53,7 +64,8 @@ class PngWriter(Writer):
             if path.is_file():
                 continue
             path.parent.mkdir(exist_ok=True)
-            notes = self.notes.of(self.plan.seeds[row], self.plan.label(row), self.plan.class_of(row))
+            plan = self.plan
+            notes = self.notes.of(plan.seeds[row], plan.label(row), plan.class_of(row), plan.class_names)
             save_png(to_pil(picture), path, notes)
             written += 1
         return written
