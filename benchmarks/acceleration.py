@@ -263,7 +263,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {rows[name]['speedup']:.1f} times as fast", flush=True)
             atomic_write_json(options.table, table)
     if "quality" not in wanted:
-        return table
+        return finished(table, options.table)
     from edt_diffusion.data import open_images
 
     extractor = open_extractor(str(options.extractor))
@@ -287,10 +287,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "recognised_of_real": float((real.logits.argmax(1) == truth).mean()),
         "machine": machine(),
     }
-    conclude(table)
-    atomic_write_json(options.table, table)
-    atomic_write_text(options.table.with_suffix(".md"), markdown(table))
-    plot(table, options.table.with_suffix(".png"))
+    return finished(table, options.table)
+
+
+def finished(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write the table, and where qualities are known what follows from it."""
+    if "recognised_of_real" in table:
+        conclude(table)
+        atomic_write_text(path.with_suffix(".md"), markdown(table))
+        plot(table, path.with_suffix(".png"))
+    atomic_write_json(path, table)
     return table
 
 

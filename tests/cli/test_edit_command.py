@@ -5,8 +5,11 @@ import pytest
 from PIL import Image
 
 from edt_diffusion.assemble.editing import fit_mask, read_original
+from edt_diffusion.assemble.facts import model_facts
 from edt_diffusion.data.picture import fit_picture
+from edt_diffusion.pipelines.loading import load_pipeline
 from edt_diffusion.util.errors import UserError
+from edt_diffusion.util.pictures import save_png
 from edt_diffusion.util.rng import image_seed
 
 QUICK = ("--steps", 3, "--quiet")
@@ -60,6 +63,52 @@ def test_with_a_mask(edt, run, work, photo, mask):
     sheet = pixels(work / "edits" / "grid.png")
     assert sheet.shape == (68, 5 * 66 + 2, 3)
     assert (sheet[2:66:8, 68:132:8, 0] == pixels(mask)).all()
+
+
+def test_no_plan_is_printed_for_what_is_refused(edt, run, photo, mask):
+    for options in (("--steps", 5000), ("--jump-length", 500), ("--resamplings", 0)):
+        said = edt("edit", run, photo, "--class", 0, "--mask", mask, *options)
+        assert (said.code, len(said.err)) == (2, 1), said.err
+
+
+def test_info_tells_how_a_picture_was_edited(edt, run, work, photo, mask):
+    asked = ("--class", "tench", "--mask", mask, "--no-paste", "--precision", "bf16", "--batch-size", 3)
+    assert edt("edit", run, photo, *asked, "-n", 1, *QUICK, *REPAINT).code == 0
+    file = "edits/edit-0000.png"
+    facts = json.loads(edt("info", file, "--json").out[-1])
+    assert (facts["what"], facts["picture"], facts["source"], facts["mask"]) == ("edit", file, "photo.png", "mask.png")
+    assert (facts["class"], facts["batch"], facts["precision"], facts["paste"]) == ("tench", 3, "bf16", False)
+    saved = load_pipeline(run)
+    assert facts["model"] == model_facts(saved, run.name)  # of the weights before the other precision
+    assert saved.class_names[facts["label"]] == "tench"
+    assert facts["attention_modulation"] is None
+    shown = dict(line.split(maxsplit=1) for line in edt("info", file).out[1:] if not line.startswith(("made", "jump")))
+    assert shown["class"] == f"{facts['label']} (tench)"
+    assert shown["model"] == f"{run.name} ({facts['model']['transformer_sha256'][:12]})"
+    assert (shown["source"], shown["mask"], shown["steps"], shown["paste"]) == ("photo.png", "mask.png", "3", "no")
+    assert shown["AMM"] == "none"  # it is off
+    assert "again" not in shown
+    assert edt("edit", run, photo, "--class", 0, "--strength", 0.5, "-n", 1, *QUICK).code == 0
+    shown = edt("info", file).out
+    assert f"{'strength':<14} 0.5" in shown
+    assert not any(line.startswith(("mask", "paste")) for line in shown)
+
+
+def test_info_of_bare_facts_shows_no_others(edt, work):
+    notes = {"edt-diffusion": json.dumps({"seed": 3, "version": "1"})}
+    save_png(Image.new("L", (4, 4)), work / "old.png", notes)
+    assert edt("info", "old.png").out == ["old.png", "seed           3", "made by        edt-diffusion 1"]
+
+
+def test_results_of_before_are_removed_but_not_what_is_not_ours(edt, run, work, photo):
+    assert edt("edit", run, photo, "--class", 0, "-n", 4, *QUICK).code == 0
+    out = work / "edits"
+    Image.new("L", (8, 8)).save(out / "edit-0007.png")
+    (out / "edit-0008.png").write_text("no picture")
+    (out / "edit-0001.png").rename(out / "edit-mine.png")
+    assert edt("edit", run, out / "edit-0003.png", "--class", 0, "-n", 1, *QUICK).code == 0
+    left = ["edit-0000.png", "edit-0003.png", "edit-0007.png", "edit-0008.png", "edit-mine.png", "grid.png"]
+    assert sorted(path.name for path in out.iterdir()) == left
 
 
 def test_another_size_is_fitted_and_said(edt, run, work):
@@ -145,9 +194,18 @@ def test_a_mask_of_what_is_cut_away(work):
         (("--class", 0, "--resamplings", 3), "--resamplings 3 is for"),
         (("--class", 0, "--mask", "gone.png"), "gone.png"),
         (("--class", 0, "--mask", "text.png"), "text.png cannot be read: not a picture"),
-        (("--class", 0, "--mask", "mask.png", "--jump-length", 0), "jump_length=0"),
-        (("--class", 0, "--mask", "mask.png", "--steps", 4), "jump_length=10 with 4 steps"),
-        (("--class", 0, "--steps", 1001), "1000 steps"),
+        (("--class", 0, "--mask", "mask.png", "--jump-length", 0), "--jump-length 0: expected at least 1"),
+        (
+            ("--class", 0, "--mask", "mask.png", "--steps", 4),
+            "--jump-length 10 with 4 steps: expected at most 3, or --resamplings 1",
+        ),
+        (("--class", 0, "--mask", "mask.png", "--jump-length", 500), "--jump-length 500 with 250 steps"),
+        (("--class", 0, "--mask", "mask.png", "--resamplings", 0), "--resamplings 0: expected at least 1"),
+        (("--class", 0, "--mask", "mask.png", "--steps", 5000), "--steps 5000: the model's noising process has 1000"),
+        (("--class", 0, "--mask", "mask.png", "--steps", 1), "--steps 1: a masked part needs at least 2"),
+        (("--class", 0, "--steps", 1001), "--steps 1001: the model's noising process has 1000 steps"),
+        (("--class", 0, "--no-paste"), "--no-paste is for changing pictures with a mask: give a --mask"),
+        (("--class", 0, "--paste"), "--paste is for changing pictures with a mask: give a --mask"),
         (("--class", 0, "--scheduler", "euler"), "'euler' cannot sample"),
         (("--class", 0, "--guidance", "inf"), "--guidance inf"),
     ],

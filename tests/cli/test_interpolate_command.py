@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edt_diffusion.assemble.facts import model_facts
 from edt_diffusion.data.codec import to_uint8
 from edt_diffusion.pipelines.loading import load_pipeline
 
@@ -37,6 +38,25 @@ def test_frames_strip_and_film(edt, run, work):
         assert film.info["loop"] == 0
     notes = json.loads(Image.open(work / "way" / files[1]).text["edt-diffusion"])
     assert (notes["position"], notes["seeds"], notes["classes"]) == (pytest.approx(1 / 3), [1, 2], ["church", "tench"])
+
+
+def test_a_shorter_way_leaves_no_frames_of_the_longer_and_info_tells_it(edt, run, work):
+    for frames in (5, 3):
+        assert edt("interpolate", run, "--classes", "1,0", "--frames", frames, *QUICK).code == 0
+    names = [f"frame-{index:04d}.png" for index in range(3)]
+    left = sorted(path.name for path in (work / "interpolation").iterdir())
+    assert left == [*names, "interpolation.gif", "strip.png"]
+    file = f"interpolation/{names[1]}"
+    facts = json.loads(edt("info", file, "--json").out[-1])
+    pipeline = load_pipeline(run)
+    assert (facts["what"], facts["picture"], facts["labels"]) == ("interpolate", file, [1, 0])
+    assert facts["classes"] == [pipeline.class_names[1], pipeline.class_names[0]]
+    assert facts["model"] == model_facts(pipeline, run.name)
+    assert (facts["precision"], facts["batch"], facts["attention_modulation"]) == ("fp32", 16, None)
+    shown = edt("info", file).out
+    assert f"{'position':<14} 0.5" in shown
+    assert f"{'made with':<14} interpolate" in shown
+    assert not any(line.startswith(("class ", "seed ", "again")) for line in shown)
 
 
 def test_one_seed_for_several_classes_and_one_class_for_several_seeds(edt, run, work):

@@ -272,6 +272,23 @@ def test_a_sampling_by_piece(monkeypatch):
     assert kind.step is slow_step
 
 
+@pytest.mark.parametrize("steps", [2, 5])
+def test_what_only_a_first_call_takes_is_not_timed(monkeypatch, steps):
+    clock, pipe = HandClock(), pipeline()
+    forward, rows = pipe.transformer.forward, []
+
+    def compiling(hidden_states, *args, **kwargs):
+        clock.passes(1.0 if rows else 1000.0)
+        rows.append(len(hidden_states))
+        return forward(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "forward", compiling)
+    found = profile_sampling(pipe, 3, clock, None, steps=steps, guidance=2.0)
+    assert found.seconds["network"] == found.calls == steps
+    assert rows == [6] * (2 + steps)  # both halves of the guidance, in both samplings
+    assert found.passes == 2 * steps
+
+
 def test_decoding_is_told_apart(monkeypatch):
     from diffusers import AutoencoderTiny
 

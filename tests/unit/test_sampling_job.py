@@ -430,8 +430,8 @@ def test_the_command_names_a_class_where_its_number_is_the_name_of_another(tmp_p
 @pytest.mark.parametrize("form", ["command", "usual"])
 def test_the_command_has_what_decides_a_picture(form, request_, monkeypatch):
     given = {
-        "guidance": 1.5, "guidance_schedule": "interval:low=0.2,high=0.8", "channels": "authors", "cache": "taylor:interval=4",
-        "precision": "bf16",
+        "guidance": 1.5, "guidance_schedule": "interval:low=0.2,high=0.8", "channels": "authors",
+        "cache": "taylor:interval=4", "precision": "bf16",
     }  # fmt: skip
     asked = replace(request_, sampling={**QUICK, **(given if form == "command" else {})})
     opened = open_job(asked)

@@ -10,7 +10,7 @@ from .output import finish, quiet_libraries
 
 def info(
     model: str = typer.Argument(
-        metavar="MODEL", help="EDT-S/2, -B/2, -XL/2, a run folder, diffusers folder, hub name; or a PNG of edt sample."
+        metavar="MODEL", help="EDT-S/2, -B/2, -XL/2, a run folder, diffusers folder, hub name; or a PNG that edt made."
     ),
     image_size: str = typer.Option(
         "256", "--image-size", help="Pixels, as 256 or 256x384; a named size works on latents of an eighth of it."
@@ -84,7 +84,7 @@ def _said_by_picture(facts: dict[str, Any]) -> list[str]:
         lines["class"] = "none"
     lines["seed"] = facts.get("seed")
     if origin := facts.get("model"):
-        lines["model"] = f"{origin['from']} ({str(origin['transformer_sha256'])[:12]})"
+        lines["model"] = f"{origin.get('from')} ({str(origin.get('transformer_sha256'))[:12]})"
     lines |= {_SHORTER.get(name, name): _shown(value) for name, value in known.items() if name not in _APART}
     if "attention_modulation" in known:
         lines["AMM"] = _words(known["attention_modulation"])
@@ -99,5 +99,5 @@ def _shown(value: Any) -> Any:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or None
+        return ", ".join(str(one) for one in value if one is not None) or None
     return value

@@ -80,7 +80,7 @@ def interpolate(
     if conditional:
         labels = pipeline.resolve_labels(names)
         known = pipeline.class_names or []
-        shared["labels"] = [int(label) for label in labels]
+        shared["labels"] = labels or []
         shared["classes"] = [known[label] if label < len(known) else None for label in shared["labels"]]
         shared["guidance"] = guidance
     shared = {"what": "interpolate", **shared, "batch": batch_size, **origin}

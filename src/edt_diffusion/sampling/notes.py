@@ -77,7 +77,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     except ValueError:
         facts = None
     if not isinstance(facts, dict):
-        raise UserError(f"{path} does not say how it was made: expected a PNG that edt sample has written")
+        raise UserError(f"{path} does not say how it was made: expected a PNG that edt has written")
     return facts
 
 

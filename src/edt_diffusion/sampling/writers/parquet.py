@@ -114,7 +114,9 @@ class ParquetWriter(BatchWriter):
     def _encoded(self, batch: int) -> list[dict[str, Any]]:
         files, out = self._names, []
         for row, picture in zip(self.plan.rows(batch), self.batch(batch), strict=True):
-            notes = self.notes.of(self.plan.seeds[row], self.plan.label(row), self.plan.class_of(row))
+            notes = self.notes.of(
+                self.plan.seeds[row], self.plan.label(row), self.plan.class_of(row), self.plan.class_names
+            )
             out.append({"bytes": png_bytes(to_pil(np.asarray(picture)), notes), "path": files[row]})
         return out
 
