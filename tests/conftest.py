@@ -4,10 +4,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may depend on the network
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,6 +41,14 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("real data folder absent: set EDT_SHARED")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def attention_back_end() -> Iterator[None]:
+    """`set_attention_backend` of one model chooses for the whole process: put back what was there."""
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry._active_backend = before
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

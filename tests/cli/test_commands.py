@@ -382,13 +382,13 @@ def test_a_stopped_demo_says_how_to_go_on(edt, monkeypatch, tmp_path):
 
 
 def test_class_names_with_commas_are_kept_together():
-    from edt_diffusion.cli.sample import _class_list
+    from edt_diffusion.assemble.sampling import class_list
 
     names = ["great white shark, white shark, man-eater", "tench", "cat,dog"]
-    assert _class_list("tench, great white shark,white shark, man-eater,7", names) == ["tench", names[0], "7"]
-    assert _class_list("cat, dog,tench", names) == ["cat,dog", "tench"]
-    assert _class_list("a,b", names) == ["a", "b"]
-    assert _class_list(" , ", names) == []
+    assert class_list("tench, great white shark,white shark, man-eater,7", names) == ["tench", names[0], "7"]
+    assert class_list("cat, dog,tench", names) == ["cat,dog", "tench"]
+    assert class_list("a,b", names) == ["a", "b"]
+    assert class_list(" , ", names) == []
 
 
 def test_amm_options_reach_the_model():

@@ -80,13 +80,13 @@ def cache(tmp_path, monkeypatch) -> Path:
 def sampled(monkeypatch) -> list[list[int]]:
     """The seeds of every batch that a pipeline samples."""
     seen: list[list[int]] = []
-    plain = ClassConditionalPipeline._sample
+    plain = ClassConditionalPipeline.__call__
 
-    def counted(self, scheduler, labels, seeds, *rest):
-        seen.append(seeds)
-        return plain(self, scheduler, labels, seeds, *rest)
+    def counted(self, *arguments, **options):
+        seen.append(options["seeds"])
+        return plain(self, *arguments, **options)
 
-    monkeypatch.setattr(ClassConditionalPipeline, "_sample", counted)
+    monkeypatch.setattr(ClassConditionalPipeline, "__call__", counted)
     return seen
 
 
@@ -554,7 +554,7 @@ MODEL_MISTAKES: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
     (("--scheduler", "dimm"), ("'dimm'", "did you mean 'ddim'?")),
     (("--scheduler", "euler"), ("'euler'", "'epsilon'")),
     (("--precision", "fp16", "--device", "cpu"), ("precision=fp16", "fp32 or bf16")),
-    (("--precision", "double"), ("precision=double", "fp32 or bf16 or fp16")),
+    (("--precision", "double"), ("unknown precision 'double'", "fp32, bf16, fp16")),
     (("--amm", "offf"), ("offf", "7,10")),
     (("--guidance-channels", "two"), ("channels=two", "all or authors")),
     (("--sweep", "guidence=1"), ("'guidence'", "did you mean 'guidance'?")),
@@ -562,7 +562,7 @@ MODEL_MISTAKES: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
     (("--sweep", "channels=all", "--guidance-channels", "all"), ("--guidance-channels", "in the sweep")),
     (("--sweep", "guidance=1", "--sweep", "guidance=2"), ("given twice",)),
     (("guidance",), ("'guidance' is no axis",)),
-    (("--sweep", "cache=foo"), ("cache=foo",)),
+    (("--sweep", "cache=foo"), ("unknown cache 'foo'", "taylor")),
     (("--size", 8), ("is a model", "--size")),
     (("--device", "gpu7"), ("--device gpu7", "cpu or cuda:0")),
     (("--save-samples", "no/such.npz"), ("no/such.npz", "no folder")),
