@@ -144,6 +144,15 @@ class Process:
         names = ("num_train_timesteps", "beta_start", "beta_end", "prediction_type")
         return {name: getattr(self, name) for name in names}
 
+    def straight_paths(self) -> dict[str, Any]:
+        """Arguments of multistep solvers for "flow"."""
+        return {
+            "num_train_timesteps": self.num_train_timesteps,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": self.shift,
+        }
+
 
 def _ddpm(process: Process) -> DDPMScheduler:
     # These settings, and no others, are the authors' respaced ancestral sampler (which does not clip latents).
@@ -168,12 +177,7 @@ def _dpm_solver(
     # steps. Dynamic thresholding with a largest value of 1 is clamping to [-1, 1].
     settings = {**process.betas(), "use_lu_lambdas": True}
     if process.prediction_type == "flow":
-        settings = {
-            "num_train_timesteps": process.num_train_timesteps,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": process.shift,
-        }
+        settings = process.straight_paths()
     return DPMSolverMultistepScheduler(
         **settings,
         beta_schedule="linear",
@@ -188,12 +192,7 @@ def _unipc(process: Process) -> UniPCMultistepScheduler:
     # "Exponential" steps are even in log-SNR, like those above.
     settings: dict[str, Any] = {**process.betas(), "use_exponential_sigmas": True}
     if process.prediction_type == "flow":
-        settings = {
-            "num_train_timesteps": process.num_train_timesteps,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": process.shift,
-        }
+        settings = process.straight_paths()
     return UniPCMultistepScheduler(
         **settings, beta_schedule="linear", solver_order=2, thresholding=process.clip_sample, sample_max_value=1.0
     )
