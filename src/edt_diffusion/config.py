@@ -12,7 +12,7 @@ from .data import DataConfig
 from .evaluation.config import EvaluationConfig
 from .models import BACKBONES
 from .objectives import OBJECTIVES
-from .objectives.config import ObjectiveConfig, default_masks, resolved
+from .objectives.config import ObjectiveConfig, default_masks, resolved, usual_passes
 from .pipelines import SCHEDULERS
 from .pipelines.schedulers import fitting_schedulers
 from .training.config import OptimizerConfig, TrainConfig
@@ -219,11 +219,12 @@ def settled(config: RunConfig, begun: RunConfig | None = None, validated: bool =
     decay_steps = config.optimizer.decay_steps or first.optimizer.decay_steps or first.train.steps
     objective = resolved(config.objective, None if begun is None else begun.objective)
     masks = objective.masks or first.objective.masks or default_masks(config.model)
+    passes = objective.passes or first.objective.passes or usual_passes(config.model)
     best = config.train.best_metric or ("val_loss" if validated else _measured(config))
     return config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(update={"decay_steps": decay_steps}),
-            "objective": objective.model_copy(update={"masks": masks}),
+            "objective": objective.model_copy(update={"masks": masks, "passes": passes}),
             "train": config.train.model_copy(update={"best_metric": best}),
         }
     )

@@ -3,6 +3,7 @@
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +35,11 @@ def _scale(rule: str, name: str, shape: tuple[int, ...]) -> float:
     return scale * 0.2 if rule == "C" and name.startswith("final_layer.linear.") else scale
 
 
-def filled_state(model: EDTTransformer2DModel, rule: str) -> dict[str, torch.Tensor]:
-    """State dict in the authors' names with every entry but the position tables filled by the rule."""
+def filled_state(model: Any, rule: str, kept: tuple[str, ...] = ("pos_embed",)) -> dict[str, torch.Tensor]:
+    """State dict in the authors' names with every entry filled by the rule, but integers and what `kept` names."""
     state = {}
     for name, tensor in to_official(model).items():
-        if name.endswith("pos_embed"):
+        if name.endswith(kept) or not tensor.is_floating_point():
             state[name] = tensor
             continue
         shape = tuple(tensor.shape)
@@ -49,6 +50,11 @@ def filled_state(model: EDTTransformer2DModel, rule: str) -> dict[str, torch.Ten
 
 def filled_model(size: str, rule: str, sample_size: int = 32) -> EDTTransformer2DModel:
     return from_official(filled_state(EDTTransformer2DModel.from_size(size, sample_size=sample_size), rule))
+
+
+def filled_like(model: Any, rule: str, family: str, kept: tuple[str, ...] = ("pos_embed",)) -> Any:
+    """A model of another family, filled by the rule."""
+    return from_official(filled_state(model, rule, kept), family)
 
 
 def inputs(golden: dict[str, np.ndarray], batch: int = 2, side: int = 32) -> torch.Tensor:

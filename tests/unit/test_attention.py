@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny_models import randomise, tiny_inputs, tiny_model
 
-from edt_diffusion.models import edt
+from edt_diffusion.models import backbone
 from edt_diffusion.nn.attention import GridAttention, RelativePositionBias, explicit_attention, relative_position_index
 from edt_diffusion.nn.modulation import modulation_matrix
 
@@ -144,7 +144,7 @@ def test_a_bias_kept_under_inference_mode_allows_a_later_backward_to_the_input()
 def test_the_model_keeps_biases_within_its_memory_budget(monkeypatch):
     # Bytes: 2 x (2 heads * 64^2 * 4), 1 x (3 heads * 16^2 * 4), 2 x (2 heads * 64^2 * 4).
     sizes = [4 * 2 * 64**2, 4 * 2 * 64**2, 4 * 3 * 16**2]
-    monkeypatch.setattr(edt, "KEPT_BIAS_BYTES", sum(sizes))
+    monkeypatch.setattr(backbone, "KEPT_BIAS_BYTES", sum(sizes))
     kept = [attention.position_bias.keep_gathered for attention, _ in tiny_model().attention_layers()]
     assert kept == [True, True, True, False, False]
 

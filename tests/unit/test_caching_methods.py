@@ -18,7 +18,7 @@ from edt_diffusion.caching.extrapolation import Extrapolation
 from edt_diffusion.caching.magnitudes import magnitude_at, timesteps_of_points
 from edt_diffusion.caching.residuals import _Ratios
 from edt_diffusion.caching.spans import closed, taken_skips
-from edt_diffusion.models import edt
+from edt_diffusion.models import backbone
 from edt_diffusion.util.errors import UserError
 
 
@@ -146,7 +146,7 @@ def test_long_skips_are_those_of_their_own_step(cache, monkeypatch):
     """Whoever skips takes the long skips that the skipped blocks would have taken, and later blocks get theirs."""
     made: list[Any] = []
 
-    class Watched(edt.Skips):
+    class Watched(backbone.Skips):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             made.append(self)
@@ -161,7 +161,7 @@ def test_long_skips_are_those_of_their_own_step(cache, monkeypatch):
             self.popped.append(super().pop())
             return self.popped[-1]
 
-    monkeypatch.setattr(edt, "Skips", Watched)
+    monkeypatch.setattr(backbone, "Skips", Watched)
     loop = Loop(tiny_model(**DEEP))
     loop.run(cache)
     assert len(made) == loop.steps

@@ -420,7 +420,6 @@ def test_each_mask_goes_to_its_own_module():
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        (TokenMasks(()), "holds 0 masks, but the model has 1 down-sampling modules"),
         (TokenMasks((torch.ones(2, 64), torch.ones(2, 16))), "holds 2 masks"),
         (TokenMasks((torch.ones(2, 16),)), r"down\[0\] has shape \(2, 16\), expected \(2, 64\).*8x8 grid"),
         (TokenMasks((torch.ones(1, 64),)), r"down\[0\] has shape \(1, 64\), expected \(2, 64\)"),

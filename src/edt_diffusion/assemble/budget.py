@@ -34,7 +34,7 @@ def estimate(config: RunConfig, model: Any, device: torch.device, processes: int
     whole = estimate_training_memory(
         model,
         batch=-(-local // micro),
-        passes=len(config.objective.passes.split("+")),
+        passes=len((config.objective.passes or "full+masked").split("+")),
         joint=joint_passes(config, device),
         precision=config.train.mixed_precision,
         optimizer_states=_OPTIMIZER_STATES[config.optimizer.name],

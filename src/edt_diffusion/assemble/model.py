@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -19,8 +20,8 @@ from ..util.errors import UserError
 from ..util.lookup import lookup
 from ..util.weights import weights_sha256
 
-# What of a trained model a fine-tuned one takes over unless the settings say otherwise.
-_ARCHITECTURE = ("patch_size", "depths", "dims", "num_heads", "mlp_ratio", "stage0_mask_block", "learn_sigma")
+# What of a trained model's arguments a fine-tuned one does not take over: the pictures decide, or the user.
+_NOT_ARCHITECTURE = ("self", "sample_size", "in_channels", "num_classes", "attention_modulation")
 
 
 def complete(config: RunConfig, dataset: ImageDataset | LatentStore) -> RunConfig:
@@ -51,7 +52,12 @@ def with_architecture_of(config: RunConfig, source: Any) -> RunConfig:
     given = told_of_model(config)
     if "size" in given:
         return config
-    taken = {name: source.config[name] for name in _ARCHITECTURE}
+    name = next(name for name, kind in BACKBONES.items() if isinstance(source, kind))
+    if given.get("name", "EDT") not in (name, "EDT"):
+        raise UserError(f"model.name={given['name']}: the trained model is of {name}, leave it out")
+    given = {**given, "name": name}
+    arguments = list(signature(type(source).__init__).parameters)
+    taken = {argument: source.config[argument] for argument in arguments if argument not in _NOT_ARCHITECTURE}
     taken = {name: list(value) if isinstance(value, tuple) else value for name, value in taken.items()}
     if OBJECTIVES[config.objective.name].continuous:  # flow matching learns no variance
         taken.pop("learn_sigma")
@@ -77,6 +83,42 @@ def build_model(config: RunConfig) -> Any:
     except (ValueError, TypeError, RuntimeError) as error:
         hint = "; sample_size is data.size" if str(error).startswith("sample_size") else ""
         raise UserError(f"the model cannot be built: {error}{hint}") from None
+
+
+def check_masks(config: RunConfig, model: Any) -> None:
+    """Refuse token masks that the network does not take; without a masked pass, freeze what only such passes use.
+
+    Args:
+        config: the run's settings, settled.
+        model: the network they make.
+    """
+    masks, name = config.objective.masks, config.model.get("name", "EDT")
+    if config.objective.passes == "full":
+        unused = set(model.masked_only())
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name in unused:
+                parameter.requires_grad_(False)
+        return
+    assert masks is not None
+    if not model.mask_grids:
+        what = "without down-sampling" if name == "EDT" else ""
+        raise UserError(
+            f"objective.passes={config.objective.passes}: {name} {what + ' ' if what else ''}takes no token masks; use "
+            "objective.passes=full"
+        )
+    if masks.down and len(masks.down) != len(model.down_grids):
+        raise UserError(
+            f"objective.masks.down has {len(masks.down)} ranges, the model {len(model.down_grids)} down-samplings: "
+            f"give one (low, high) each{', or objective.masks.down=[]' if not model.down_grids else ''}"
+        )
+    if masks.stage0 is not None and not model.down_grids:
+        raise UserError("objective.masks.stage0 is given, but the model has no down-sampling: leave it out")
+    if masks.input is not None and name == "EDT" and not model.config.side_interpolater:
+        raise UserError("objective.masks.input needs model.side_interpolater=true: set it, or leave the masks out")
+    if masks.input is not None and masks.stage0 is not None:
+        raise UserError("objective.masks.input and objective.masks.stage0 are both given: give one of them")
+    if masks.input is None and masks.stage0 is None and not masks.down:
+        raise UserError(f"objective.passes={config.objective.passes} with masks that hide nothing: use passes=full")
 
 
 def with_weights(config: RunConfig, prepare: Callable[[Any], Any], network: Any, state: dict[str, Tensor]) -> Any:

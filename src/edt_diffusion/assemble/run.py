@@ -24,6 +24,7 @@ from ..pipelines import ClassConditionalPipeline
 from ..training.ema import EMASet
 from ..training.lora import without_adapters
 from ..training.meters import training_flops
+from ..training.pace import Pace
 from ..training.parallel import make_accelerator, refuse_unsupported
 from ..training.record import picture_facts, read_record, refuse_other_pictures, write_record
 from ..training.trackers import build_trackers, check_trackers
@@ -36,6 +37,7 @@ from .evaluation_callback import evaluation_callback
 from .model import (
     build_model,
     build_pipeline,
+    check_masks,
     complete,
     open_codec,
     tell_about_classes,
@@ -64,6 +66,7 @@ def build_trainer(
     callbacks: Callable[[ClassConditionalPipeline], list[Any]] | None = None,
     batch_auto: bool = False,
     max_seconds: float | None = None,
+    pace: Pace | None = None,
 ) -> Trainer:
     """Everything `edt train` needs, from the pictures to the loop, at the step that the folder's run has reached.
 
@@ -77,6 +80,7 @@ def build_trainer(
         callbacks: given the pipeline, returns further callbacks, as `Callback` or (every, call) pairs.
         batch_auto: choose the number of micro-batches by the memory that is free.
         max_seconds: stop and save after so long.
+        pace: a budget that ends the run, and sets its learning rate where it is one of time.
 
     Raises:
         UserError: for anything the user can put right; nothing has been written then.
@@ -100,6 +104,7 @@ def build_trainer(
 
     model = build_model(config)
     config = settled(config, begun, validated=held_out is not None)
+    check_masks(config, model)
     told = finetuning.prepare(config, model, class_names, source)
     vae = open_codec(config, dataset)
     scaling = dataset.scaling if isinstance(dataset, LatentStore) else None
@@ -109,16 +114,11 @@ def build_trainer(
     # Sampled with the density of times it was trained with.
     sampled: dict[str, Any] = {"prediction_type": prediction_type, "shift": config.objective.shift or 1.0}
     pipeline = build_pipeline(model, class_names, vae, scaling, **sampled)
-    if objective.mask_plan is not None and len(objective.mask_plan.down) != len(model.mask_grids):
-        raise UserError(
-            f"objective.masks.down has {len(objective.mask_plan.down)} ranges, the model {len(model.mask_grids)} "
-            "down-samplings: give one (low, high) each"
-        )
-    if objective.mask_plan is not None and objective.mask_plan.stage0 is not None and not model.mask_grids:
-        raise UserError("objective.masks.stage0 is given, but the model has no down-sampling: leave it out")
 
     accelerator = make_accelerator(config.train)
     device, processes = accelerator.device, accelerator.num_processes
+    if pace is not None and processes > 1:
+        raise UserError(f"a run with a budget is one of a single process, and this job has {processes}: start it alone")
     objective.joint = budget.joint_passes(config, device)
     if batch_auto:
         config = budget.fitted(config, model, accelerator)
@@ -148,7 +148,7 @@ def build_trainer(
     evaluations = evaluation_callback(config, trained_on, pipeline, accelerator, folder, quiet)
     grids = during.SampleGrids(pipeline, config.samples, folder / "samples", write=accelerator.is_main_process)
     flops = training_flops(
-        sum(model.multiply_adds().values()), config.train.batch_size, len(config.objective.passes.split("+"))
+        sum(model.multiply_adds().values()), config.train.batch_size, len(objective.passes)
     )
     peak = None
     if flops * config.train.steps > _WORTH_MEASURING:
@@ -162,7 +162,11 @@ def build_trainer(
         model=model,
         objective=objective,
         make_optimizer=config.optimizer.make,
-        learning_rate=config.optimizer.rate(config.train.steps),
+        learning_rate=(
+            config.optimizer.rate(config.train.steps)
+            if pace is None
+            else pace.learning_rate(config.optimizer, config.train.steps)
+        ),
         make_ema=lambda network: EMASet(network, config.ema),
         make_loader=make_loader,
         export=export,
@@ -176,6 +180,7 @@ def build_trainer(
         flops_per_step=flops,
         peak_flops=peak,
         max_seconds=max_seconds,
+        pace=pace,
         trackers=lambda: build_trackers(
             config.train.trackers, folder, folder.resolve().name, config.model_dump(mode="json")
         ),

@@ -5,8 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from ..models.edt import DownSample, UpSample
-
 
 def stages_of(network: Any) -> list[int]:
     """The stage of each block; a network without stages has one."""
@@ -20,9 +18,9 @@ def taken_skips(blocks: Sequence[nn.Module]) -> int:
     """
     inside = taken = 0
     for block in blocks:
-        if isinstance(block, DownSample) and block.is_skip:
+        if getattr(block, "pushes", False):
             inside += 1
-        elif isinstance(block, UpSample):
+        elif getattr(block, "pops", False):
             taken += inside == 0
             inside = max(inside - 1, 0)
     return -1 if inside else taken
@@ -34,10 +32,10 @@ def closed(network: Any, first: int, last: int) -> bool:
     if not 0 <= first <= last < len(blocks):
         return False
     # A down-sampling ends its stage and an up-sampling begins one.
-    enters = stages[first] - isinstance(blocks[first], UpSample)
-    leaves = stages[last] + isinstance(blocks[last], DownSample)
+    enters = stages[first] - getattr(blocks[first], "begins_stage", False)
+    leaves = stages[last] + getattr(blocks[last], "ends_stage", False)
     if enters != leaves:
-        dims, grids = network.config.dims, network.grids
+        dims, grids = network.stage_dims, network.grids
         if dims[enters] != dims[leaves] or grids[enters] != grids[leaves]:
             return False
     return taken_skips(blocks[first : last + 1]) >= 0

@@ -10,7 +10,7 @@ from .output import finish, quiet_libraries
 def convert(
     checkpoint: Path = typer.Argument(metavar="CHECKPOINT", help="The authors' .pt file."),
     out: Path = typer.Argument(metavar="OUT", help="Folder to write; must not exist."),
-    family: str = typer.Option("edt", "--family", help="Whose file it is: edt."),
+    family: str = typer.Option("edt", "--family", help="Whose file it is: edt, dit or mdtv2."),
     weights: str = typer.Option("ema", "--weights", help="ema (what the authors sample from) or model."),
     as_json: bool = typer.Option(False, "--json", help="Print the outcome as JSON."),
 ) -> None:
@@ -35,4 +35,4 @@ def convert(
     with atomic_directory(out) as folder:
         build_pipeline(model, None, pixels=False).save_pretrained(folder)
     facts = {"folder": str(out), "parameters": sum(p.numel() for p in model.parameters())}
-    finish(f"wrote {out}: {type(model).__name__}, depths {list(model.config.depths)}", facts, as_json)
+    finish(f"wrote {out}: {type(model).__name__}, depths {list(model.stage_depths)}", facts, as_json)

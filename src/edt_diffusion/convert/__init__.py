@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import EDTTransformer2DModel
+from ..models import DiT2DModel, EDTTransformer2DModel, MDT2DModel
 from ..util.errors import UserError
 from ..util.lookup import lookup
-from . import official_edt
+from . import official_dit, official_edt, official_mdt
 
-FAMILIES: dict[str, Callable[..., Any]] = {"edt": official_edt.from_official}
-_INVERSES: dict[type, Callable[[Any], dict[str, Tensor]]] = {EDTTransformer2DModel: official_edt.to_official}
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "edt": official_edt.from_official,
+    "dit": official_dit.from_official,
+    "mdtv2": official_mdt.from_official,
+}
+_INVERSES: dict[type, Callable[[Any], dict[str, Tensor]]] = {
+    EDTTransformer2DModel: official_edt.to_official,
+    DiT2DModel: official_dit.to_official,
+    MDT2DModel: official_mdt.to_official,
+}
 
 
 def from_official(state_dict: Mapping[str, Tensor], family: str = "edt", **config: Any) -> Any:
@@ -22,7 +30,7 @@ def from_official(state_dict: Mapping[str, Tensor], family: str = "edt", **confi
 
     Args:
         state_dict: names and shapes as their `model.state_dict()`; a leading "module." is dropped.
-        family: "edt".
+        family: "edt", "dit" or "mdtv2".
         config: arguments of the model's constructor. What shapes tell is inferred, and a given value must agree;
             `sample_size` is needed for rectangular grids only.
 

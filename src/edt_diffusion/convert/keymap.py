@@ -6,6 +6,7 @@ theirs cut into equal parts along axis 0 (a joint qkv matrix).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,58 @@ class Entry:
 def pair(theirs: str, ours: str, *suffixes: str) -> list[Entry]:
     """Entries `theirs + suffix` -> `ours + suffix`."""
     return [Entry(theirs + suffix, (ours + suffix,)) for suffix in suffixes]
+
+
+def entry_and_exit(conditional: bool) -> list[Entry]:
+    """Entries of what stands before and after the blocks, alike in all families."""
+    weight_bias = (".weight", ".bias")
+    entries = [
+        *pair("pos_embed", "pos_embed", ""),
+        *pair("x_embedder.proj", "patch_embed.proj", *weight_bias),
+        *pair("t_embedder.mlp.0", "timestep_embedder.linear_1", *weight_bias),
+        *pair("t_embedder.mlp.2", "timestep_embedder.linear_2", *weight_bias),
+        *pair("final_layer.linear", "proj_out", *weight_bias),
+        *pair("final_layer.adaLN_modulation.1", "norm_out.modulation.linear", *weight_bias),
+    ]
+    return entries + (pair("y_embedder.embedding_table", "class_embedder", ".weight") if conditional else [])
+
+
+def block_entries(theirs: str, ours: str, biased: bool) -> list[Entry]:
+    """Entries of a transformer block; `biased` with a table of relative positions."""
+    entries = []
+    if biased:
+        table = f"{theirs}.attn.rel_pos_bias.relative_position_bias_table"
+        entries.append(Entry(table, (f"{ours}.attn.position_bias.table",)))
+    for suffix in (".weight", ".bias"):
+        names = tuple(f"{ours}.attn.to_{part}{suffix}" for part in "qkv")
+        entries.append(Entry(f"{theirs}.attn.qkv{suffix}", names))
+        entries += pair(f"{theirs}.attn.proj", f"{ours}.attn.to_out.0", suffix)
+        entries += pair(f"{theirs}.mlp.fc1", f"{ours}.ff.net.0.proj", suffix)
+        entries += pair(f"{theirs}.mlp.fc2", f"{ours}.ff.net.2", suffix)
+        entries += pair(f"{theirs}.adaLN_modulation.1", f"{ours}.adaln.linear", suffix)
+    return entries
+
+
+def converted_for(model: Any, entries: Iterable[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' tensors under our names, checked against a model's.
+
+    Raises:
+        ValueError: names are missing or left over, or shapes do not fit.
+    """
+    converted, built = to_ours(entries, state), model.state_dict()
+    wrong = [name for name, tensor in converted.items() if tensor.shape != built[name].shape]
+    if wrong:
+        found, expected = tuple(converted[wrong[0]].shape), tuple(built[wrong[0]].shape)
+        raise ValueError(
+            f"{len(wrong)} tensors do not fit, the first {wrong[0]}: {found} in the file, {expected} expected"
+        )
+    return converted
+
+
+def load(model: Any, entries: Iterable[Entry], state: Mapping[str, Tensor]) -> Any:
+    """Put the authors' tensors into a model, which is returned in eval mode."""
+    model.load_state_dict(converted_for(model, entries, state))
+    return model.eval()
 
 
 def to_ours(entries: Iterable[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

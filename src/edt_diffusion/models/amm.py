@@ -114,18 +114,22 @@ class ModulatedAttentionMixin:
         return None
 
     def suggested_modulation(self, guidance_scale: float = 1.0) -> AttentionModulation | None:
-        """A setting to begin with: the published one, or the middle block of each decoder stage; None if none fits.
+        """A setting to begin with: the published one, or one at like places; None if no block's grid is large enough.
 
-        The latter is how the EDT authors place AMM in S and B. Stages whose grid is too small for it are left out.
+        Like places are those of the authors' S: in EDT the middle block of each decoder stage, in DiT two thirds and
+        five sixths of the way, in MDTv2 the first decoder block.
         """
         published = self.published_modulation(guidance_scale)
         if published is not None:
             return published
-        depths, _, _ = self._preset_key()
         layers = self.attention_layers()
-        middles = [sum(depths[:stage]) + depths[stage] // 2 for stage in range(len(depths) // 2 + 1, len(depths))]
-        blocks = tuple(block for block in middles if min(layers[block][1]) >= 3)
+        blocks = tuple(block for block in self._suggested_blocks() if min(layers[block][1]) >= 3)
         return AttentionModulation(blocks) if blocks else None
+
+    def _suggested_blocks(self) -> list[int]:
+        """Blocks for `suggested_modulation`: the middle one of each stage of the decoder."""
+        depths, _, _ = self._preset_key()
+        return [sum(depths[:stage]) + depths[stage] // 2 for stage in range(len(depths) // 2 + 1, len(depths))]
 
     @contextlib.contextmanager
     def use_attention_modulation(self, setting: AttentionModulation | None) -> Iterator[None]:

@@ -35,6 +35,11 @@ def up_sample(tokens_in: int, dim_in: int, dim_out: int, dim_skip: int, cond_dim
     return tokens_in * dim_in * 4 * dim_out + 2 * cond_dim * joint + 4 * tokens_in * joint * dim_out
 
 
+def skip_fusion(tokens: int, dim: int) -> int:
+    """Linear layer from hidden states and a long skip of equal width: 2 N C^2."""
+    return 2 * tokens * dim * dim
+
+
 def final_layer(tokens: int, dim: int, cond_dim: int, patch_size: int, out_channels: int) -> int:
     """adaLN 2 D C and the projection to pixels."""
     return 2 * cond_dim * dim + tokens * dim * patch_size**2 * out_channels

@@ -63,6 +63,22 @@ def check_layout(
     return [(first[0] >> level, first[1] >> level) for level in levels]
 
 
+def one_stage(**arguments: int) -> tuple[list[int], list[int], list[int]]:
+    """Depths, widths and heads, as `check_layout` takes them, of a network on one grid: (depth, width, heads) by name.
+
+    Raises:
+        ValueError: for what is no positive integer.
+    """
+    for name, value in arguments.items():
+        if not _positive(value):
+            raise ValueError(f"{name}={value!r}: expected a positive integer")
+    depth, width, heads = arguments.values()
+    if width % 4 or width % heads:
+        name, _, by = list(arguments)[1], None, list(arguments)[2]
+        raise ValueError(f"{name}={width}, {by}={heads}: expected a width that 4 and the number of heads divide")
+    return [depth], [width], [heads]
+
+
 def check_stages(stages: Sequence[int] | bool | None, count: int) -> tuple[int, ...]:
     """The stage numbers meant, ascending and each once; True means all of `count`, None and False none.
 

@@ -52,7 +52,7 @@ def describe(model: Any, guidance_scale: float = 1.0) -> dict[str, Any]:
             {"stage": i, "blocks": depth, "width": width, "heads": heads, "grid": list(grid),
              "multiply_adds": count[f"stage {i}"]}
             for i, (depth, width, heads, grid) in enumerate(
-                zip(config.depths, config.dims, config.num_heads, model.grids, strict=True)
+                zip(model.stage_depths, model.stage_dims, model.stage_heads, model.grids, strict=True)
             )
         ],
         "amm": None if model.attention_modulation is None else model.attention_modulation.to_config(),

@@ -100,16 +100,17 @@ class RelativePositionBias(nn.Module):
         height, width: the token grid.
         heads: number of attention heads.
         keep_gathered: whether the gathered tensor may be kept; the model says no to blocks beyond its memory budget.
+        unused_rows: rows at the table's end that no pair of tokens has (MDTv2's tables have three).
     """
 
     index: Tensor
 
-    def __init__(self, height: int, width: int, heads: int, keep_gathered: bool = True) -> None:
+    def __init__(self, height: int, width: int, heads: int, keep_gathered: bool = True, unused_rows: int = 0) -> None:
         super().__init__()
         self.heads = heads
         self.tokens = height * width
         self.keep_gathered = keep_gathered
-        self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), heads))
+        self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1) + unused_rows, heads))
         nn.init.trunc_normal_(self.table, std=0.02, a=-2.0, b=2.0)
         self.register_buffer("index", relative_position_index(height, width).flatten(), persistent=False)
         self._kept: Tensor | None = None
@@ -121,6 +122,13 @@ class RelativePositionBias(nn.Module):
         # index_select, not advanced indexing: the latter's backward sums in an order that varies with threads.
         # The transposed table gives a contiguous result, which fused kernels ask for.
         return self.table.t().index_select(1, self.index).view(1, self.heads, self.tokens, self.tokens)
+
+    def gather_for(self, kept: Tensor) -> Tensor:
+        """The bias among some tokens of each image, those numbered by `kept` (B, K): (B, heads, K, K)."""
+        pairs = (kept.unsqueeze(2) * self.tokens + kept.unsqueeze(1)).flatten()  # row of `index` of each pair
+        rows = self.index.index_select(0, pairs)
+        bias = self.table.t().index_select(1, rows).unflatten(1, (kept.shape[0], kept.shape[1], kept.shape[1]))
+        return bias.transpose(0, 1)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         wants_grad = torch.is_grad_enabled() and self.table.requires_grad
@@ -150,6 +158,21 @@ class RelativePositionBias(nn.Module):
         return state
 
 
+class NoPositionBias(nn.Module):
+    """In the place of `RelativePositionBias` in networks without one (DiT): zeros, which cost no memory."""
+
+    index: Tensor  # as there, tells the device
+
+    def __init__(self, tokens: int, heads: int) -> None:
+        super().__init__()
+        self.shape = (1, heads, tokens, tokens)
+        self.register_buffer("index", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Zeros of the shape (1, heads, N, N)."""
+        return self.index.new_zeros(1, 1, 1, 1, dtype=dtype).expand(self.shape)
+
+
 class GridAttnProcessor:
     """Computes `GridAttention`.
 
@@ -162,29 +185,49 @@ class GridAttnProcessor:
     _parallel_config = None
     form: str | None = None
 
-    def __call__(self, attn: "GridAttention", hidden_states: Tensor, modulate: bool = True) -> Tensor:
+    def __call__(
+        self, attn: "GridAttention", hidden_states: Tensor, modulate: bool = True, kept: Tensor | None = None
+    ) -> Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, N, heads, d)
-        bias = attn.position_bias(query.dtype)
-        if modulate and attn.modulation is not None:
+        biased, modulated = attn.has_position_bias, modulate and attn.modulation is not None
+        if kept is not None and (biased or modulated):
+            out = self._among(attn, query, key, value, kept, modulated)
+        elif modulated:
+            bias = attn.position_bias(query.dtype)
             out = modulated_attention(query, key, value, bias, attn.modulation_in(query.dtype), self.form)
         else:
-            out = self._plain(query, key, value, bias)
+            out = self._plain(query, key, value, attn.position_bias(query.dtype), biased)
         return attn.to_out[0](out.flatten(2))
 
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def _among(
+        self, attn: "GridAttention", query: Tensor, key: Tensor, value: Tensor, kept: Tensor, modulated: bool
+    ) -> Tensor:
+        """Attention among the tokens `kept` (B, K) of the grid, others in each image."""
+        bias = None
+        if isinstance(attn.position_bias, RelativePositionBias):
+            bias = attn.position_bias.gather_for(kept).to(query.dtype)
+        modulation = None
+        if modulated:
+            modulation = attn.modulation_in(query.dtype)[kept.unsqueeze(2), kept.unsqueeze(1)].unsqueeze(1)
+        return explicit_attention(query, key, value, bias, modulation)
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, biased: bool) -> Tensor:
         backend = self._attention_backend
         if backend is None and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE:
             form = form_for(query, bias, modulated=False)
+            if form == "explicit":
+                return explicit_attention(query, key, value, bias if biased else None, None)
             if form != "sdpa":
-                attend = explicit_attention if form == "explicit" else modulated_attention_in_place
-                return attend(query, key, value, bias, None)
+                return modulated_attention_in_place(query, key, value, bias, None)
         width = query.shape[-1]
         query, key, value = padded_to_alignment(query, key, value)
-        out = dispatch_attention_fn(query, key, value, attn_mask=bias, scale=width**-0.5, backend=backend)
+        out = dispatch_attention_fn(
+            query, key, value, attn_mask=bias if biased else None, scale=width**-0.5, backend=backend
+        )
         return out[..., :width]
 
 
@@ -198,6 +241,8 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         heads: attention heads.
         grid: (height, width) of the tokens.
         keep_bias: see `RelativePositionBias`.
+        position_bias: whether there is a learned relative-position bias.
+        unused_rows: see `RelativePositionBias`.
 
     Attributes:
         modulation: the AMM matrix (N, N), or None. Of float32 whatever dtype the module is cast to, so that casting it
@@ -210,15 +255,28 @@ class GridAttention(nn.Module, AttentionModuleMixin):
 
     modulation: Tensor | None
 
-    def __init__(self, dim: int, heads: int, grid: tuple[int, int], keep_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        grid: tuple[int, int],
+        keep_bias: bool = True,
+        position_bias: bool = True,
+        unused_rows: int = 0,
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.has_position_bias = position_bias
         self.use_bias = True
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.position_bias = RelativePositionBias(*grid, heads, keep_gathered=keep_bias)
+        self.position_bias: RelativePositionBias | NoPositionBias = (
+            RelativePositionBias(*grid, heads, keep_bias, unused_rows)
+            if position_bias
+            else NoPositionBias(grid[0] * grid[1], heads)
+        )
         self.register_buffer("modulation", None, persistent=False)
         self._kept_modulation: tuple[tuple, Tensor] | None = None
         for linear in (self.to_q, self.to_k, self.to_v):
@@ -230,8 +288,9 @@ class GridAttention(nn.Module, AttentionModuleMixin):
         # diffusers types processors as a union of its own, not as the protocol that this is.
         self.set_processor(GridAttnProcessor())  # pyright: ignore[reportArgumentType]
 
-    def forward(self, hidden_states: Tensor, modulate: bool = True) -> Tensor:
-        return cast(GridAttnProcessor, self.processor)(self, hidden_states, modulate)
+    def forward(self, hidden_states: Tensor, modulate: bool = True, kept: Tensor | None = None) -> Tensor:
+        """Attention among all tokens (B, N, dim); or among those of the grid numbered by `kept` (B, K), (B, K, dim)."""
+        return cast(GridAttnProcessor, self.processor)(self, hidden_states, modulate, kept)
 
     def modulation_in(self, dtype: torch.dtype) -> Tensor:
         """The modulation matrix in the dtype that the products are computed in, kept from one call to the next."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..models.edt import SIZE_MASKS, SIZES
+from ..models import BACKBONES
 from ..models.masking import MaskPlan
 from ..util.errors import UserError
 from ..util.lookup import lookup
@@ -16,17 +16,26 @@ Share = tuple[float, float]
 
 
 class MaskConfig(BaseModel):
-    """Shares of hidden tokens as (low, high), by default the authors' for S and B. XL adds stage0 (0.15, 0.25)."""
+    """Shares of hidden tokens as (low, high), by default the authors' for S and B. XL adds stage0 (0.15, 0.25).
+
+    `input` is the share left out at the input, as MDTv2 is trained (0.3, 0.5); for EDT it needs
+    `model.side_interpolater: true`, and usually `down: []`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     down: tuple[Share, ...] = ((0.4, 0.5), (0.1, 0.2))
     stage0: Share | None = None
+    input: Share | None = None
 
     @model_validator(mode="after")
     def _in_range(self) -> "MaskConfig":
-        MaskPlan(self.down, self.stage0)
+        self.plan()
         return self
+
+    def plan(self) -> MaskPlan:
+        """The same as a `MaskPlan`."""
+        return MaskPlan(self.down, self.stage0, self.input)
 
 
 # What each timestep sampler that has settings is told: its argument, and the value if none is given.
@@ -44,8 +53,9 @@ class ObjectiveConfig(BaseModel):
     time; needs `model.learn_sigma: false`). A null means what is usual for the objective: `loss_weighting` "min_snr"
     for the first two and "none" for flow, `timesteps` "loss_second_moment" for the first two and "logit_normal" for
     flow. `logit_mean`, `logit_std` belong to timesteps "logit_normal", `shift` to "shifted" (both for flow only),
-    `p2_k`, `p2_gamma` to loss_weighting "p2". `masks: null` means those published for the model's size. `passes` is
-    "full+masked" (EDT), "full" (EDT*, without masked training) or "masked".
+    `p2_k`, `p2_gamma` to loss_weighting "p2". `masks: null` means those published for the model. `passes` is
+    "full+masked" (EDT, MDTv2), "full" (DiT; EDT*, without masked training) or "masked"; null is what is usual for the
+    model.
 
     DiT's plain loss, the error of the noise plus the variational bound at uniform timesteps, is
     `{loss_weighting: none, timesteps: uniform, passes: full}`.
@@ -64,7 +74,7 @@ class ObjectiveConfig(BaseModel):
     logit_std: float | None = Field(default=None, gt=0)
     shift: float | None = Field(default=None, gt=0)
     label_dropout: float = Field(default=0.1, ge=0, le=1)
-    passes: Literal["full+masked", "full", "masked"] = "full+masked"
+    passes: Literal["full+masked", "full", "masked"] | None = None
     masks: MaskConfig | None = None
     train_with_amm: bool = False
 
@@ -111,7 +121,7 @@ def _usual(config: ObjectiveConfig) -> tuple[str, str]:
 
 
 def resolved(config: ObjectiveConfig, begun: ObjectiveConfig | None = None) -> ObjectiveConfig:
-    """Put values for every null but `masks`, so that a saved run does not change with what is usual.
+    """Put values for every null but `masks` and `passes`, so that a saved run does not change with what is usual.
 
     Args:
         config: the settings asked for.
@@ -119,7 +129,7 @@ def resolved(config: ObjectiveConfig, begun: ObjectiveConfig | None = None) -> O
             means what they say.
 
     Returns:
-        Settings in which only `masks`, and settings without effect, may be null.
+        Settings in which only `masks`, `passes` and settings without effect may be null.
     """
     update: dict[str, Any] = {}
     if begun is not None and begun.name == config.name:
@@ -138,15 +148,14 @@ def resolved(config: ObjectiveConfig, begun: ObjectiveConfig | None = None) -> O
 
 
 def default_masks(model: Mapping[str, Any]) -> MaskConfig:
-    """The masks published for the size that `model:` of a configuration names (S's for other layouts).
+    """The masks published for what `model:` of a configuration names (EDT-S's for other layouts of EDT)."""
+    plan = lookup(BACKBONES, str(model.get("name") or "EDT"), "model").published_masks(model)
+    return MaskConfig(down=plan.down, stage0=plan.stage0, input=plan.input)
 
-    Down-sampling modules beyond the second get the second one's range.
-    """
-    name = str(model.get("size") or "S").upper().removeprefix("EDT-").removesuffix("/2")
-    published = SIZE_MASKS.get(name, SIZE_MASKS["S"])
-    depths = model.get("depths") or SIZES.get(name, SIZES["S"])["depths"]
-    down = [*published["down"], *[published["down"][-1]] * len(depths)][: len(depths) // 2]
-    return MaskConfig(down=tuple(down), stage0=published["stage0"])
+
+def usual_passes(model: Mapping[str, Any]) -> Literal["full+masked", "full", "masked"]:
+    """The passes of a training step that are usual for what `model:` of a configuration names."""
+    return lookup(BACKBONES, str(model.get("name") or "EDT"), "model").usual_passes
 
 
 def build_objective(config: ObjectiveConfig, learn_sigma: bool, joint: bool = False) -> MaskedTraining:
@@ -163,7 +172,7 @@ def build_objective(config: ObjectiveConfig, learn_sigma: bool, joint: bool = Fa
     config = resolved(config)
     assert config.loss_weighting is not None
     assert config.timesteps is not None
-    masks = config.masks or MaskConfig()
+    passes = config.passes or "full+masked"
     choice = OBJECTIVES[config.name]
     weights = {name: getattr(config, name) for name in _WEIGHT_SETTINGS.get(config.loss_weighting, {})}
     own = {} if choice.continuous else {"vb_weight": config.vb_weight}
@@ -182,9 +191,9 @@ def build_objective(config: ObjectiveConfig, learn_sigma: bool, joint: bool = Fa
     return MaskedTraining(
         objective,
         TIMESTEP_SAMPLERS[config.timesteps](objective.num_train_timesteps, **sampling),
-        MaskPlan(masks.down, masks.stage0) if config.passes != "full" else None,
+        (config.masks or MaskConfig()).plan() if passes != "full" else None,
         label_dropout=config.label_dropout,
-        passes=config.passes,
+        passes=passes,
         train_with_amm=config.train_with_amm,
         joint=joint,
     )

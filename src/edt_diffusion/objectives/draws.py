@@ -170,18 +170,26 @@ class HostDrawer:
 
 
 def joined(passes: Sequence[PassDraws]) -> tuple[Tensor, Tensor | None, TokenMasks | None]:
-    """Return noise, labels and masks of several passes as those of one larger batch; passes without masks hide none."""
+    """Return noise, labels and masks of several passes as those of one larger batch; passes without masks hide none.
+
+    Passes with tokens left out at the input have fewer tokens than others and cannot be joined (`can_be_joined`).
+    """
     noise = torch.cat([draws.noise for draws in passes])
     given = [draws.labels for draws in passes if draws.labels is not None]
     labels = torch.cat(given) if given else None
     pattern = next((draws.masks for draws in passes if draws.masks is not None), None)
     if pattern is None:
         return noise, labels, None
-    nothing_hidden = _changed(pattern, torch.ones_like)
+    nothing_hidden = pattern.changed(torch.ones_like)
     own = [draws.masks or nothing_hidden for draws in passes]
     stage0 = [masks.stage0 for masks in own if masks.stage0 is not None]
     down = zip(*(masks.down for masks in own), strict=True)
     return noise, labels, TokenMasks(tuple(map(torch.cat, down)), torch.cat(stage0) if stage0 else None)
+
+
+def can_be_joined(passes: Sequence[PassDraws]) -> bool:
+    """Whether passes may run as one batch: there are several, and each has all tokens."""
+    return len(passes) > 1 and all(draws.masks is None or draws.masks.input is None for draws in passes)
 
 
 def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -191,8 +199,4 @@ def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _each(masks: TokenMasks | None, change: Callable[[Tensor], Tensor]) -> TokenMasks | None:
-    return None if masks is None else _changed(masks, change)
-
-
-def _changed(masks: TokenMasks, change: Callable[[Tensor], Tensor]) -> TokenMasks:
-    return TokenMasks(tuple(map(change, masks.down)), None if masks.stage0 is None else change(masks.stage0))
+    return None if masks is None else masks.changed(change)

@@ -13,7 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
 from ..models.masking import MaskPlan
-from .draws import PASSES, HostDrawer, HostDraws, PassDraws, PassName, StepDraws, joined
+from .draws import PASSES, HostDrawer, HostDraws, PassDraws, PassName, StepDraws, can_be_joined, joined
 from .terms import LossTerms, Objective, StepLoss, is_continuous
 from .timesteps import TimestepSampler
 
@@ -36,7 +36,8 @@ class MaskedTraining:
         passes: "full+masked" (EDT), "full" (EDT*, the paper's model without masked training), or "masked".
         train_with_amm: leave attention modulation as the model has it set.
         joint: run both passes as one batch of twice the size, whose full half has masks that hide nothing. Same losses
-            and gradients up to rounding; which is faster depends on the device and the batch. May be set later.
+            and gradients up to rounding; which is faster depends on the device and the batch. May be set later. Without
+            effect where tokens are left out at the input.
 
     Raises:
         ValueError: if an argument is outside its range, a masked pass has no plan, or the timesteps are not the
@@ -221,7 +222,7 @@ class MaskedTraining:
 
     def _terms(self, model: Any, x0: Tensor, draws: StepDraws) -> dict[PassName, LossTerms]:
         count = len(draws.passes)
-        if not self.joint or count == 1:
+        if not self.joint or not can_be_joined(draws.passes):
             return {
                 drawn.name: self.objective.terms(model, x0, draws.t, drawn.noise, drawn.labels, drawn.masks)
                 for drawn in draws.passes

@@ -125,7 +125,8 @@ def _inputs(model: Any, batch: int, masks: bool, device: str) -> dict[str, Any]:
     }
     if config.num_classes is not None:
         inputs["class_labels"] = torch.empty(batch, dtype=torch.int64, device=device)
-    if masks and (grids := getattr(model, "mask_grids", ())):
+    # Without tokens that are left out at the input: the estimate is for the whole picture.
+    if masks and (grids := getattr(model, "down_grids", ())):
         down = tuple(torch.empty(batch, h * w, dtype=torch.bool, device=device) for h, w in grids)
         inputs["token_masks"] = TokenMasks(down)
     return inputs
