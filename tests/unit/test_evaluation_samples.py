@@ -201,6 +201,8 @@ def test_modulation_in_words():
         ("saved", "cos", None, AttentionModulation((0, 2))),
         ("0+2", "cos", "0.9R", AttentionModulation((0, 2), "cos", "0.9R")),
         ("2", "cos", "3.5", AttentionModulation((2,), "cos", 3.5)),
+        ("0+2:radius=0.9R", "exp", None, AttentionModulation((0, 2), "exp", "0.9R")),
+        ("2:formula=cos+radius=3.5", "exp", "1R", AttentionModulation((2,), "cos", 3.5)),
         ("auto", "exp", None, None),  # nothing is published for this size
         ("on", "exp", None, AttentionModulation((2,))),  # the middle of the decoder's one stage
         ("off", "exp", None, None),
@@ -209,7 +211,13 @@ def test_modulation_in_words():
         assert model.attention_modulation == expected, amm
 
 
-@pytest.mark.parametrize("amm", ["7x", "", "1,,2", "99"])
+@pytest.mark.parametrize("amm", ["7x", "", "1,,2", "99", "x:radius=2"])
 def test_modulation_that_cannot_be_had(amm):
     with pytest.raises(UserError, match="block"):
+        choose_modulation(tiny_model(depths=(1, 1, 1)), amm)
+
+
+@pytest.mark.parametrize("amm", ["2:radius", "2:depth=3", "2:formula=sine", "2:radius=wide"])
+def test_settings_of_modulation_that_are_none(amm):
+    with pytest.raises(UserError, match=f"--amm {amm}"):
         choose_modulation(tiny_model(depths=(1, 1, 1)), amm)
