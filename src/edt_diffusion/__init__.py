@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 # Public names load their module on first use: `edt --help` must not wait for torch.
 _EXPORTS = {
     "ClassConditionalPipeline": "pipelines",
+    "DiT2DModel": "models",
     "EDTTransformer2DModel": "models",
+    "MDT2DModel": "models",
     "MaskPlan": "models",
     "RespacedDDIMScheduler": "pipelines",
     "TokenMasks": "models",
@@ -16,7 +18,9 @@ _EXPORTS = {
 
 __all__ = [
     "ClassConditionalPipeline",
+    "DiT2DModel",
     "EDTTransformer2DModel",
+    "MDT2DModel",
     "MaskPlan",
     "RespacedDDIMScheduler",
     "TokenMasks",
@@ -24,8 +28,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .models import DiT2DModel as DiT2DModel
     from .models import EDTTransformer2DModel as EDTTransformer2DModel
     from .models import MaskPlan as MaskPlan
+    from .models import MDT2DModel as MDT2DModel
     from .models import TokenMasks as TokenMasks
     from .pipelines import ClassConditionalPipeline as ClassConditionalPipeline
     from .pipelines import RespacedDDIMScheduler as RespacedDDIMScheduler

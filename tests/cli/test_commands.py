@@ -23,7 +23,7 @@ from edt_diffusion.training.log import read_log
 
 COMMANDS = (
     "demo", "data", "encode", "train", "runs", "plot", "ema", "sample", "interpolate", "edit", "evaluate", "compare",
-    "info", "profile", "convert",
+    "amm", "info", "profile", "reproduce", "convert",
 )  # fmt: skip
 
 # The paper's sizes: parameters with and without position tables, and multiply-adds in units of 10^9.

@@ -4,6 +4,7 @@ import inspect
 
 import typer
 
+from .amm import amm
 from .compare import compare
 from .convert import convert
 from .data import data
@@ -16,6 +17,7 @@ from .info import info
 from .interpolate import interpolate
 from .plot import plot
 from .profile import profile
+from .reproduce import reproduce
 from .runs import runs
 from .sample import sample
 from .train import train
@@ -34,9 +36,11 @@ edt: train, run and judge an image generator (EDT, the Efficient Diffusion Trans
   edt interpolate runs/a --classes a,b       the pictures between classes and seeds, as frames and a film
   edt edit runs/a photo.png --class a        a picture changed: the part under a mask, or all of it
   edt evaluate runs/a --reference pictures/  FID and others with intervals, for pictures too; class fidelity, copies
+  edt amm search runs/a --reference pictures/  where attention modulation helps, if anywhere; edt amm show draws it
   edt compare results/*.json                 results side by side, or why they cannot be compared
   edt info EDT-S/2                           size, cost, token grids and attention modulation of a model
   edt profile runs/a                         where time and memory go on this machine, by stage and block
+  edt reproduce table4 --data pictures/      a table or figure of the paper on your pictures; alone it lists them
   edt convert official.pt folder/            the authors' checkpoints as a diffusers folder
 
 Every command explains itself: edt COMMAND --help"""
@@ -64,9 +68,11 @@ def root(context: typer.Context, version: bool = typer.Option(False, "--version"
 
 
 for _command in (
-    demo, encode, train, runs, plot, ema, sample, interpolate, edit, evaluate, compare, info, profile, convert,
+    demo, encode, train, runs, plot, ema, sample, interpolate, edit, evaluate, compare, info, profile, reproduce,
+    convert,
 ):  # fmt: skip
     # The last paragraph of a docstring is the example with which the help ends; \b keeps it on its lines.
     _text, _, _example = inspect.getdoc(_command).rpartition("\n\n")  # pyright: ignore[reportOptionalMemberAccess]
     app.command(help=_text, epilog=f"\b\n{_example}")(_command)
 app.add_typer(data)
+app.add_typer(amm)

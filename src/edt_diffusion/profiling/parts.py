@@ -32,8 +32,8 @@ _MODEL_KINDS = {
     "norm_out": "final layer",
     "proj_out": "final layer",
 }
-_CHILD_KINDS = {"attn": "attention", "ff": "MLP", "mlp": "MLP", "adaln": "adaLN"}
-_BLOCK_KINDS = {"DownSample": "down-sampling", "UpSample": "up-sampling"}
+_CHILD_KINDS = {"attn": "attention", "ff": "MLP", "mlp": "MLP", "adaln": "adaLN", "skip_linear": "long skip"}
+_BLOCK_KINDS = {"DownSample": "down-sampling", "UpSample": "up-sampling", "SideInterpolater": "side interpolater"}
 _REST = "norms, gates"
 COMPILED = "compiled blocks"
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from ..models import Backbone
 from ..models.class_rows import NEW_CLASS_ROWS
-from ..models.edt import DownSample, EDTBlock, EDTTransformer2DModel, UpSample
+from ..models.edt import DownSample, UpSample
+from ..nn.transformer_block import AdaLNZeroBlock, SideInterpolater
 from ..util.errors import UserError
 from ..util.lookup import lookup
 from .lora import LoraSettings, add_lora
@@ -71,11 +73,13 @@ class TrainableSummary:
         return out
 
 
-def parameter_parts(model: EDTTransformer2DModel) -> dict[str, list[str]]:
+def parameter_parts(model: Backbone) -> dict[str, list[str]]:
     """Names of the parameters of each part that can be frozen; adapters belong to none.
 
-    "stage0", "stage1", ... are the transformer blocks of a stage, "down" and "up" the modules between stages,
-    "position_bias" the relative-position biases (which are parts of stages too), "final" the output layer.
+    "stage0", "stage1", ... are the transformer blocks of a stage (in MDTv2 in-, out- and decoder blocks), "down" and
+    "up" the modules between stages, "side" what guesses tokens left out at the input, "positions" learned position
+    tables, "position_bias" the relative-position biases (which are parts of stages or of "side" too), "final" the
+    output layer.
     """
     own = [name for name, _ in model.named_parameters() if ".lora_" not in name]
 
@@ -90,15 +94,17 @@ def parameter_parts(model: EDTTransformer2DModel) -> dict[str, list[str]]:
         ]
         return under(*(f"blocks.{number}." for number in numbers))
 
-    parts = {f"stage{stage}": blocks(EDTBlock, stage) for stage in range(len(model.grids))}
-    parts |= {"down": blocks(DownSample), "up": blocks(UpSample)}
+    parts = {f"stage{stage}": blocks(AdaLNZeroBlock, stage) for stage in range(len(model.grids))}
+    positions = [name for name in own if name.endswith("pos_embed")]
+    side = [name for name in blocks(SideInterpolater) if name not in positions]
+    parts |= {"down": blocks(DownSample), "up": blocks(UpSample), "side": side, "positions": positions}
     parts |= {part: under(f"{part}.") for part in ("patch_embed", "timestep_embedder", "class_embedder")}
     parts["position_bias"] = [name for name in own if ".position_bias." in name]
     parts["final"] = under("norm_out.", "proj_out.")
     return {part: names for part, names in parts.items() if names} | {"all": own}
 
 
-def freeze_parts(model: EDTTransformer2DModel, names: Sequence[str]) -> list[str]:
+def freeze_parts(model: Backbone, names: Sequence[str]) -> list[str]:
     """Stop the training of the named parts; adapters in them go on being trained.
 
     Call it before the optimizer and the EMA are built: frozen parameters then get no gradient, no state and no average,
@@ -123,27 +129,28 @@ def freeze_parts(model: EDTTransformer2DModel, names: Sequence[str]) -> list[str
     return [name for name in parts["all"] if name in frozen]
 
 
-def prepare_finetuning(model: EDTTransformer2DModel, config: FinetuneConfig, seed: int) -> TrainableSummary:
+def prepare_finetuning(model: Backbone, config: FinetuneConfig, seed: int) -> TrainableSummary:
     """Freeze parts and add adapters as configured.
 
-    With LoRA, a part that is frozen by its name gets no adapters and keeps its function; "all" freezes the weights and
-    leaves the adapters everywhere.
+    With LoRA, a part that is frozen by its name gets no adapters and keeps its function, and so does what only passes
+    with token masks use, where it is frozen already; "all" freezes the weights and leaves the adapters everywhere.
 
     Raises:
         UserError: as `freeze_parts` and `add_lora`, or if nothing is left to be trained.
     """
+    idle = {name for name in model.masked_only() if not model.get_parameter(name).requires_grad}
     freeze_parts(model, config.freeze)
     if config.lora is not None:
         parts = parameter_parts(model)
         named = {name for part in config.freeze if part != "all" for name in parts[part]}
-        add_lora(model, config.lora, seed, named)
+        add_lora(model, config.lora, seed, named | idle)
     summary = trainable_summary(model)
     if not summary.trainable:
         raise UserError(f"finetune.freeze={list(config.freeze)} freezes the whole model: leave a part out, or add LoRA")
     return summary
 
 
-def trainable_summary(model: EDTTransformer2DModel) -> TrainableSummary:
+def trainable_summary(model: Backbone) -> TrainableSummary:
     """Count what is trained."""
     sizes = {name: (p.numel() if p.requires_grad else 0, p.numel()) for name, p in model.named_parameters()}
     adapters = sum(trained for name, (trained, _) in sizes.items() if ".lora_" in name)

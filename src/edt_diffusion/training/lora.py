@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.edt import EDTTransformer2DModel
+from ..models import Backbone
 from ..util.errors import UserError
 from ..util.files import atomic_directory
 from ..util.lookup import lookup
@@ -38,9 +38,7 @@ class LoraSettings(BaseModel):
     train_classes: bool = Field(default=True, description="train the class table too; new classes need it")
 
 
-def add_lora(
-    model: EDTTransformer2DModel, settings: LoraSettings, seed: int, frozen: Collection[str] = ()
-) -> list[str]:
+def add_lora(model: Backbone, settings: LoraSettings, seed: int, frozen: Collection[str] = ()) -> list[str]:
     """Put adapters beside the linear layers named by `settings.targets`, and freeze all else but the class table.
 
     Adapters are float32 whatever the model is. A is uniform in +-1 / sqrt(inputs), drawn from the streams of `seed`,
@@ -104,7 +102,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def merged_state_dict(model: EDTTransformer2DModel) -> dict[str, Tensor]:
+def merged_state_dict(model: Backbone) -> dict[str, Tensor]:
     """The weights of the same function without adapters: W + (alpha / rank) B A, added up in float32.
 
     Names are those of a model that never had adapters. Tensors without an adapter are the model's own, not copies.
@@ -123,7 +121,7 @@ def merged_state_dict(model: EDTTransformer2DModel) -> dict[str, Tensor]:
     return merged
 
 
-def without_adapters(model: EDTTransformer2DModel) -> EDTTransformer2DModel:
+def without_adapters(model: Backbone) -> Backbone:
     """The model itself if it has no adapters, else a copy with the weights of `merged_state_dict`, in eval mode."""
     if not has_adapters(model):
         return model
@@ -134,14 +132,14 @@ def without_adapters(model: EDTTransformer2DModel) -> EDTTransformer2DModel:
     return cast(nn.Module, plain).to(model.device).eval()  # pyright: ignore[reportReturnType]
 
 
-def lora_state_dict(model: EDTTransformer2DModel) -> dict[str, Tensor]:
+def lora_state_dict(model: Backbone) -> dict[str, Tensor]:
     """The adapters' tensors under diffusers' names, "transformer.<layer>.lora_A.weight" and so on."""
     from peft.utils import get_peft_model_state_dict
 
     return {f"{_PREFIX}.{name}": value for name, value in get_peft_model_state_dict(model).items()}
 
 
-def save_lora(model: EDTTransformer2DModel, folder: Path) -> None:
+def save_lora(model: Backbone, folder: Path) -> None:
     """Write the adapters as `LORA_FILE`, which diffusers' `load_lora_adapter` reads, into a new folder.
 
     Other trained parameters (the class table) go into `REST_FILE` beside it, under their names in the model.
@@ -162,7 +160,7 @@ def save_lora(model: EDTTransformer2DModel, folder: Path) -> None:
             save_file(rest, temporary / REST_FILE)
 
 
-def load_lora(model: EDTTransformer2DModel, folder: Path) -> None:
+def load_lora(model: Backbone, folder: Path) -> None:
     """Put what `save_lora` wrote into the model it was trained from.
 
     Raises:

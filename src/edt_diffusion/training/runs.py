@@ -241,7 +241,7 @@ def _best(lines: list[dict[str, float]], train: Mapping[str, Any]) -> Best | Non
 def _model(model: Mapping[str, Any]) -> str:
     name = str(model.get("name") or "EDT")
     size = model.get("size")
-    if not size and "depths" in model:
+    if not size and ("depths" in model or "depth" in model):
         return name
     size = str(size or "S").upper().removeprefix(f"{name.upper()}-").partition("/")[0]
     return f"{name}-{size}/{model.get('patch_size', 2)}"

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..util.errors import UserError
-from ..util.files import atomic_directory, atomic_write_json
+from ..util.files import atomic_directory, atomic_write_json, make_folder
 from .best import Best
 from .config import TrainConfig
 from .disk import told_by_the_disk
 from .ema import EMASet
 from .guards import all_finite
+from .pace import Pace
 from .parallel import Parallel
 from .parts import Parts
 from .posthoc import SnapshotStore
@@ -37,6 +38,7 @@ class Saving:
         parts: the objects whose state a checkpoint holds.
         export: see `Trainer`.
         snapshot_every: steps between snapshots of the power-function averages; 0 is none.
+        pace: the run's budget, whose state is saved with each checkpoint.
 
     Attributes:
         saved_at: step of the newest checkpoint of this run, 0 if there is none.
@@ -52,6 +54,7 @@ class Saving:
         parts: Parts,
         export: Export,
         snapshot_every: int = 0,
+        pace: Pace | None = None,
     ) -> None:
         self.folder, self.config = folder, config
         self.parallel, self.accelerator, self.network = parallel, parallel.accelerator, parallel.network
@@ -60,6 +63,7 @@ class Saving:
         self.snapshots = SnapshotStore(folder / "ema")
         self.best = Best(folder, config.best_metric, config.best_mode)
         self.saved_at = 0
+        self.pace = pace
         self.seconds = 0.0
         self._first: Checkpoint | None = None
 
@@ -115,14 +119,20 @@ class Saving:
             self._write(step, self.best.path, self.best.taken(step, values))
             self.accelerator.wait_for_everyone()
 
-    def _write(self, step: int, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+    def keep_copy(self, step: int, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Write the averaged weights as a model folder of their own, with facts in `point.json`."""
+        if self.accelerator.is_main_process:
+            make_folder(folder.parent)
+        self._write(step, folder, facts, "point.json")
+
+    def _write(self, step: int, folder: Path, facts: Mapping[str, Any] | None = None, named: str = "best.json") -> None:
         with told_by_the_disk(step, self.folder), self.evaluating():
             state = whole_state(self.network.state_dict()) if self.parallel.sharded else None
             if self.accelerator.is_main_process:
                 with atomic_directory(folder, replace=True) as target:
                     self.export(target, state)
                     if facts is not None:
-                        atomic_write_json(target / "best.json", facts)
+                        atomic_write_json(target / named, facts)
 
     def snapshot(self, step: int) -> None:
         """Keep the power-function averages of this step, if it is one whose averages are kept."""
@@ -202,4 +212,5 @@ class Saving:
         return self.parts.apply(checkpoint, what)
 
     def _numbers(self, step: int, run_seconds: float) -> dict[str, Any]:
-        return {"step": step, "seconds": run_seconds, "best": self.best.state()}
+        numbers = {"step": step, "seconds": run_seconds, "best": self.best.state()}
+        return numbers if self.pace is None else {**numbers, "pace": self.pace.state()}

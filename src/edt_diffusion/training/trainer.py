@@ -8,6 +8,7 @@ run continues as if it had never stopped. To resume, run the same command again.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .interrupt import StopRequest
 from .lock import RunLock
 from .log import MetricLog
 from .meters import Throughput
+from .pace import Pace
 from .parallel import Parallel
 from .parts import Parts
 from .saving import Export, Saving
@@ -77,6 +79,7 @@ class Trainer:
         flops_per_step: of forward and backward passes over the global batch, for the utilisation that is logged.
         peak_flops: of all devices together, FLOP/s; None if it is not known.
         max_seconds: stop and save after so long; None is no limit.
+        pace: a budget that ends the run besides its steps, and where weights are kept on the way; None is none.
         trackers: accelerate's trackers, already started.
         quiet: no progress on the terminal.
     """
@@ -100,6 +103,7 @@ class Trainer:
         flops_per_step: float = 0.0,
         peak_flops: float | None = None,
         max_seconds: float | None = None,
+        pace: Pace | None = None,
         trackers: Callable[[], list[Any]] = list,
         quiet: bool = False,
     ) -> None:
@@ -122,7 +126,8 @@ class Trainer:
             self.stop,
         )  # fmt: skip
         parts = Parts(self.network, self.ema, self.optimizer, objective.timesteps, self.guards, accelerator.scaler)
-        self.saving = Saving(folder, config, self.parallel, self.ema, parts, export, snapshot_every)
+        self.pace = pace
+        self.saving = Saving(folder, config, self.parallel, self.ema, parts, export, snapshot_every, pace)
         self.trackers = trackers
         self.step = 0
         self.lock = RunLock(folder, active=accelerator.is_main_process)
@@ -143,12 +148,15 @@ class Trainer:
         numbers = self.saving.restore()
         if numbers is not None:
             self.step, self._seconds = numbers["step"], numbers["seconds"]
+            if self.pace is not None:
+                self.pace.load(numbers.get("pace"))
 
     def fit(self) -> bool:
         """Train from the step reached (see `restore`) to the last one.
 
         Returns:
-            True when the last step is made, False when a signal or the clock stopped the run (its state is saved).
+            True when the last step is made or the budget is spent, False when a signal or the clock stopped the run
+            (its state is saved).
 
         Raises:
             UserError: if the run diverges in spite of its guards, a checkpoint cannot be written, for instance to a
@@ -166,7 +174,7 @@ class Trainer:
                 ),
                 self.config.timestep_bins,
             )
-            if self.step < self.config.steps:
+            if not self._over():
                 self._since = time.perf_counter()
                 if self.step:
                     session.console.message("going on from here")
@@ -176,7 +184,15 @@ class Trainer:
             finally:
                 self._since = None  # what came after the last save is not in it, and would not be counted on a resume
                 session.close()
-        return self.step >= self.config.steps
+        return self._over()
+
+    def _over(self) -> bool:
+        """Whether all steps are made, or the budget is spent."""
+        return self.step >= self.config.steps or (self.pace is not None and self.pace.done)
+
+    def _uncharged(self) -> AbstractContextManager[None]:
+        """Encloses what is not charged to the budget."""
+        return nullcontext() if self.pace is None else self.pace.pause()
 
     def _loop(self, session: Session) -> None:
         self.parallel.model.train()
@@ -187,12 +203,16 @@ class Trainer:
             told=lambda message: session.tell(self.step, "loader", message),
         )  # fmt: skip
         stopping = self.parallel.agree(self.stop.requested)
-        while self.step < self.config.steps and not stopping:
+        if self.pace is not None:
+            self.pace.begin()
+        while not self._over() and not stopping:
             self.meter.start_step()
             self.update.reserve = self.saving.seconds + (self._calls_take if self._due(self.step + 1) else 0.0)
             outcome = self.update(self.step, feed)
             self.step += 1
             self.meter.end_step()
+            if self.pace is not None:
+                self.pace.made(self.step)
             session.take(self.step, outcome)
             lost = outcome.verdict.problem if outcome.go_back else None
             if lost is None:
@@ -201,6 +221,8 @@ class Trainer:
                 self._go_back(lost, session)
                 feed.restart(self.step)
                 stopping = False  # if it was asked for, the next step says so again
+        if self.pace is not None:
+            self.pace.end()
         feed.close()
         best = self.saving.best
         if best.metric and best.value is None and not stopping:
@@ -210,18 +232,22 @@ class Trainer:
 
     def _after_step(self, outcome: Outcome, session: Session) -> tuple[bool, str | None]:
         """Log, call back, save, whatever is due; whether to stop, and why the run must go back if it must."""
-        last = self.step == self.config.steps
-        due = self.step % self.config.save_every == 0 or last or outcome.stop
+        last = self._over()
+        points = [] if self.pace is None else self.pace.reached()
+        due = self.step % self.config.save_every == 0 or last or outcome.stop or bool(points)
+        due = due or (self.pace is not None and self.pace.save_due())
         values: dict[str, float] = {}
         # With each save a line too: what a line is the mean of is not in the checkpoint.
         if due or self.step % self.config.log_every == 0:
             values = session.read(self.accelerator) | self.meter.read() | {"seconds": self.seconds}
             values |= {"lr": outcome.rate, "grad_norm": outcome.grad_norm}
+            if self.pace is not None:
+                values |= self.pace.told()
             if self.guards.skipped:
                 values["skipped_steps"] = self.guards.skipped
         # Who asks for a stop may not wait for pictures: what they show can be made from the checkpoint.
         called = [] if outcome.stop and not last else self._due(self.step)
-        with self.meter.pause():
+        with self.meter.pause(), self._uncharged():
             if called:
                 begun = time.perf_counter()
                 values |= self._call(called, session)
@@ -230,12 +256,21 @@ class Trainer:
                 self.saving.keep_best(self.step, values)
             session.report(self.step, values)
             self.saving.snapshot(self.step)
+            for point in points:
+                self._keep(point)
         # One process need not wait for the next exchange to know.
         stopping = outcome.stop or (self.accelerator.num_processes == 1 and self.stop.requested)
         session.unsaved |= due
         if not (session.unsaved or stopping):
             return stopping, None
-        return stopping, self._save(session)
+        with self._uncharged():
+            return stopping, self._save(session)
+
+    def _keep(self, point: float) -> None:
+        """Keep the averaged weights of a point of the budget, with what they cost."""
+        assert self.pace is not None
+        facts = {**self.pace.kept(point), "images": self.step * self.config.batch_size}
+        self.saving.keep_copy(self.step, self.pace.points[point], facts)
 
     def _due(self, step: int) -> list[Callback]:
         return [each for each in self.callbacks if each.every and step % each.every == 0]
@@ -261,7 +296,7 @@ class Trainer:
             return "the weights became non-finite"
         if self.guards.in_row and not self._healthy():
             # A state in doubt is not saved. Steps remain in which the run may recover, or go back.
-            return "the loss stayed non-finite" if self.step == self.config.steps else None
+            return "the loss stayed non-finite" if self._over() else None
         with self.meter.pause():
             session.sync()
             self._seconds, self._since = self.seconds, time.perf_counter()
@@ -291,6 +326,8 @@ class Trainer:
         failed, self.step = self.step, self.saving.go_back()
         self.guards.load({**self.guards.state(), **counters})
         self.optimizer.zero_grad(set_to_none=True)
+        if self.pace is not None:
+            self.pace.went_back(self.step)
         session.begin_anew(self.step)
         factor, number = self.guards.rate_factor, self.guards.rollbacks
         session.tell(

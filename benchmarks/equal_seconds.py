@@ -1,0 +1,245 @@
+"""EDT, DiT and MDTv2 trained for equal seconds on the CPU, and EDT with its own masks, MDT's, and none.
+
+    python benchmarks/equal_seconds.py --train TRAIN --test TEST --extractor NETWORK.ts --work FOLDER
+        [--budget 10m-cpu] [--seeds 3] [--processes 2] [--only backbones,masks] [--rates 1e-3,2e-3,4e-3]
+
+Colour pictures at 16 px. The three networks have the same number of parameters in use when they sample, within 2 %:
+EDT-S and DiT-S with narrower blocks (72 to 120, and 96 channels); MDTv2 with 4 + 4 + 3 blocks of 96. Data, objective,
+optimizer, batch, precision, average and schedule are the same; only `model` and the masks differ. Each run gets the
+same seconds, of one thread; measuring, saving and sampling are not charged. The rate of learning follows the share of
+the seconds used. Runs of one seed see the same pictures and noise.
+
+Every point is scored by the Fréchet distance of the network's features of 2,000 samples (DDIM, 18 steps, no guidance,
+the same noise and labels everywhere) to those of the training pictures; the ceiling is that of 2,000 test pictures.
+All pictures are of 16 px and brought to 32 px before the network. The distance is not FID.
+
+Run it again to go on: what is in FOLDER is not made again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import machine
+
+from edt_diffusion.studies.matrix import Arm, Budget, Matrix, Results, Variant, run_matrix
+from edt_diffusion.studies.matrix.results import Estimate, draw_curves, new_figure, save_figure
+from edt_diffusion.util.errors import UserError
+from edt_diffusion.util.files import atomic_write_json, atomic_write_text
+
+HERE = Path(__file__).parent
+SAMPLING = {"scheduler": "ddim", "steps": 18, "guidance": 1.0}
+POINTS = (0.25, 0.5, 1.0)
+METRICS = ("fid", "is", "kid")
+
+EDT = {
+    "name": "EDT", "patch_size": 2, "depths": [2, 2, 2, 3, 3], "dims": [72, 96, 120, 96, 72],
+    "num_heads": [3, 4, 5, 4, 3],
+}  # fmt: skip
+DIT = {"name": "DiT", "patch_size": 2, "depth": 12, "hidden_size": 96, "num_heads": 4}
+MDT = {"name": "MDTv2", "patch_size": 2, "depth": 11, "hidden_size": 96, "num_heads": 4, "decode_layers": 3}
+MDT_MASKS = {"input": [0.3, 0.5], "down": []}
+
+ARMS = (
+    Arm("edt", "EDT, its masks", {"model": EDT, "objective.passes": "full+masked"}),
+    Arm("dit", "DiT", {"model": DIT, "objective.passes": "full"}),
+    Arm(
+        "mdt", "MDTv2, its masks",
+        {"model": MDT, "objective.passes": "full+masked", "objective.masks": MDT_MASKS},
+    ),
+    Arm("edt-nomask", "EDT, no masks", {"model": EDT, "objective.passes": "full"}),
+    Arm(
+        "edt-mdtmask", "EDT, MDT's masks",
+        {
+            "model": {**EDT, "side_interpolater": True}, "objective.passes": "full+masked",
+            "objective.masks": MDT_MASKS,
+        },
+    ),
+)  # fmt: skip
+GROUPS = {"backbones": ("edt", "dit", "mdt"), "masks": ("edt", "edt-mdtmask", "edt-nomask")}
+TITLES = {"backbones": "three backbones, equal parameters", "masks": "EDT with three kinds of masks"}
+# Arms whose rate is tried out, and who takes it over.
+BACKBONES = {"edt": ("edt", "edt-nomask", "edt-mdtmask"), "dit": ("dit",), "mdt": ("mdt",)}
+
+
+def precision(word: str) -> str:
+    """bf16 where the processor multiplies in it, else float32."""
+    if word != "auto":
+        return word
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.is_file() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "no"
+
+
+def matrix(options: argparse.Namespace, arms: list[Arm], budget: str, seeds: int, **more: Any) -> Matrix:
+    """The common part of all runs."""
+    word = precision(options.precision)
+    return Matrix(
+        base="small-32",
+        settings={
+            "data": {"path": options.train, "size": 16, "channels": 3, "flip": True},
+            "optimizer.lr": options.lr,
+            "train.batch_size": 64,
+            "train.mixed_precision": word,
+            "train.log_every": 50,
+        },
+        arms=tuple(arms),
+        budget=Budget.parse(budget),
+        seeds=tuple(range(seeds)),
+        variants=(Variant("plain", "DDIM, 18 steps", {**SAMPLING, "precision": "bf16" if word == "bf16" else "fp32"}),),
+        extractor=options.extractor,
+        score_size=32,
+        ceiling=options.test,
+        **more,
+    )
+
+
+def tried_rates(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """The best rate of each backbone in a short trial with one seed, and the distances it was chosen by."""
+    rates = [float(word) for word in options.rates.split(",")]
+    trained = [name for name, users in BACKBONES.items() if set(users) & set(names)]
+    arms = [
+        Arm(f"{arm.name}-{rate:g}", f"{arm.title}, {rate:g}", {**arm.settings, "optimizer.lr": rate})
+        for arm in ARMS if arm.name in trained for rate in rates
+    ]  # fmt: skip
+    asked = matrix(options, arms, options.trial, 1, images=min(options.images, 1000), metrics=("fid",))
+    found = run_matrix(asked, options.work / "rates", options.processes, options.threads)
+    if not found.complete:
+        raise UserError(f"the trial of rates is not complete: run again ({found.failed or 'stopped'})")
+    distances: dict[str, dict[str, float]] = {}
+    for name in trained:
+        scored = {f"{rate:g}": found.mean(f"{name}-{rate:g}") for rate in rates}
+        distances[name] = {rate: estimate.mean for rate, estimate in scored.items() if estimate is not None}
+    best = {name: float(min(scored, key=scored.__getitem__)) for name, scored in distances.items()}
+    return {"budget": str(asked.budget), "images": asked.images, "distances": distances, "chosen": best}
+
+
+def main() -> None:
+    """Run what is missing and write the results."""
+    options = _options()
+    wanted = [name for group in options.only.split(",") for name in GROUPS[group]]
+    arms = [arm for arm in ARMS if arm.name in wanted]
+    trial = tried_rates(options, [arm.name for arm in arms]) if options.rates else None
+    if trial is not None:
+        rate_of = {user: trial["chosen"][name] for name, users in BACKBONES.items() if name in trial["chosen"]
+                   for user in users}  # fmt: skip
+        arms = [Arm(arm.name, arm.title, {**arm.settings, "optimizer.lr": rate_of[arm.name]}) for arm in arms]
+    asked = matrix(
+        options, arms, options.budget, options.seeds, points=POINTS, images=options.images, metrics=METRICS
+    )  # fmt: skip
+    results = run_matrix(asked, options.work / "runs", options.processes, options.threads)
+    write(results, trial, options)
+    if not results.complete:
+        print(f"{len(results.missing)} cells are missing: run again to go on", file=sys.stderr)
+        sys.exit(1)
+
+
+def write(results: Results, trial: dict[str, Any] | None, options: argparse.Namespace) -> None:
+    """JSON, a page and a picture, of what is there."""
+    told = results.summary()
+    told["cells"] = [{name: cell[name] for name in cell if name != "details"} for cell in told["cells"]]
+    told = {
+        **told, "rate_trial": trial, "rate": options.lr if trial is None else trial["chosen"],
+        "machine": machine(), "command": f"python benchmarks/equal_seconds.py --budget {options.budget}",
+    }  # fmt: skip
+    atomic_write_json(options.out / "equal_seconds.json", json.loads(json.dumps(told)))
+    atomic_write_text(options.out / "equal_seconds.md", page(results, trial, options))
+    groups = [name for name in options.only.split(",") if any(results.mean(arm) for arm in GROUPS[name])]
+    if not groups:
+        return
+    figure, pyplot = new_figure(len(groups))
+    try:
+        for axes, name in zip(figure.axes, groups, strict=True):
+            there = [arm for arm in GROUPS[name] if arm in {arm.name for arm in results.matrix.arms}]
+            draw_curves(axes, results, "fid", there, label="Fréchet distance (32 px ResNet-56 features)")
+            axes.set_title(TITLES[name])
+        save_figure(figure, options.out / "equal_seconds.png")
+    finally:
+        pyplot.close(figure)
+
+
+def page(results: Results, trial: dict[str, Any] | None, options: argparse.Namespace) -> str:
+    """The results as Markdown."""
+    asked = results.matrix
+    ceiling = (results.ceiling or {}).get("metrics", {}).get("fid")
+    lines = [
+        "# EDT, DiT and MDTv2 at equal seconds",
+        "",
+        f"{asked.budget.words()} a run, {len(asked.seeds)} seeds, {asked.images} samples a point, 16 px pictures. The "
+        "Fréchet distance is of features of a small network, pictures brought to 32 px for it: it is not FID. Intervals"
+        " are 95 % of Student's t over seeds. Lower is better.",
+        "",
+        "| arm | parameters | steps | images/s | "
+        + " | ".join(f"distance at {point:.0%}" for point in asked.points)
+        + " | difference to EDT |",
+        "|---|---|---|---|" + "---|" * (len(asked.points) + 1),
+    ]
+    for arm in asked.arms:
+        done = [
+            results.done[name] for name in (f"{arm.name}-seed{seed}" for seed in asked.seeds) if name in results.done
+        ]
+        spent = results.spent(arm.name)
+        seconds = spent.get(f"charged_{asked.budget.kind}_seconds", spent.get("charged_wall_seconds", 0.0))
+        speed = f"{spent['images'] / seconds:.0f}" if seconds else ""
+        cells = [text(results.mean(arm.name, "fid", point)) for point in asked.points]
+        against = "" if arm.name == "edt" else text(results.difference(arm.name, "edt"), signed=True)
+        lines.append(
+            f"| {arm.title} | {done[0]['parameters']:,} | {spent['step']:.0f} | {speed} | " if done and spent
+            else f"| {arm.title} | | | | "
+        )  # fmt: skip
+        lines[-1] += " | ".join([*cells, against]) + " |"
+    lines += ["", f"Held-out real pictures: {ceiling['value']:.3f}." if ceiling else "No ceiling was measured."]
+    if trial is None:
+        lines.append(f"The rate of learning is {options.lr:g} for all.")
+    else:
+        lines.append(
+            f"The rate of learning was chosen for each backbone by a trial of {trial['budget']} with one seed: "
+            f"{json.dumps(trial['distances'])}; chosen {json.dumps(trial['chosen'])}."
+        )
+    lines.append("Parameters are those trained: MDT's side interpolater, not used when sampling, is among them.")
+    if results.missing:
+        lines.append(f"Missing: {', '.join(results.missing)}.")
+    return "\n".join(lines) + "\n"
+
+
+def text(estimate: Estimate | None, signed: bool = False) -> str:
+    """A mean with its interval."""
+    if estimate is None:
+        return ""
+    sign = "+" if signed else ""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.mean:{sign}.3f}"
+    return f"{estimate.mean:{sign}.3f} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="pictures with classes, as edt train --data")
+    parser.add_argument("--test", help="held-out pictures: the ceiling")
+    parser.add_argument("--extractor", required=True, help="as edt evaluate --extractor")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs; run again to go on")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of equal_seconds.{json,md,png}")
+    parser.add_argument("--budget", default="10m-cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--only", default="backbones,masks", help="groups of arms: backbones, masks")
+    parser.add_argument("--lr", type=float, default=2e-3, help="for all, where no rates are tried")
+    parser.add_argument("--rates", default="", help="try these for each backbone, such as 1e-3,2e-3,4e-3")
+    parser.add_argument("--trial", default="90s-cpu", help="budget of each trial of a rate")
+    parser.add_argument("--precision", default="auto", help="auto, bf16 or no (float32)")
+    options = parser.parse_args()
+    unknown = [name for name in options.only.split(",") if name not in GROUPS]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: expected {' or '.join(GROUPS)}")
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
