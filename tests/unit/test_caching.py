@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from tiny_backbones import tiny_backbone
 from tiny_models import tiny_model
 
 from edt_diffusion import EDTTransformer2DModel
@@ -40,7 +41,10 @@ MODELS: dict[str, Callable[[], EDTTransformer2DModel]] = {
     "five stages": lambda: tiny_model(**DEEP),
     "unconditional": lambda: tiny_model(num_classes=None),
     "modulated": lambda: modulated(),
+    "DiT": lambda: tiny_backbone("DiT"),
+    "MDTv2": lambda: tiny_backbone("MDTv2"),
 }
+BASELINES = ("DiT", "MDTv2")
 
 
 def modulated() -> EDTTransformer2DModel:
@@ -169,6 +173,15 @@ def test_a_setting_that_never_skips_changes_no_bit(name, how):
     expected = loop.run(None, how)
     assert torch.equal(loop.run(f"{name}:{NEVER[name]}", how), expected)
     assert not torch.equal(loop.run(OFTEN.get(name, name), how), expected)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_setting_that_never_skips_changes_no_bit_of_other_backbones(name, kind):
+    loop = Loop(MODELS[kind](), steps=6)
+    expected = loop.run(None)
+    assert torch.equal(loop.run(f"{name}:{NEVER[name]}"), expected)
+    assert not torch.equal(loop.run(OFTEN.get(name, name)), expected)
 
 
 @pytest.mark.parametrize("name", ALL)

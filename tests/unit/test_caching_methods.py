@@ -11,6 +11,7 @@ import torch
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig
 from diffusers.hooks import MagCacheConfig
 from test_caching import DEEP, NEEDS_CACHE_DIT, Loop, rows_computed, untouched
+from tiny_backbones import tiny_backbone
 from tiny_models import tiny_model
 
 from edt_diffusion.caching import CACHES, calibrate_magnitudes, feature_cache, reset
@@ -138,11 +139,60 @@ def test_ranges_that_cannot(first, last):
     assert not closed(tiny_model(**DEEP), first, last)
 
 
+# Blocks of MDTv2: 0 1 leave long skips, 2 3 take them, 4 side interpolater, 5 6 decoder.
+@pytest.mark.parametrize(("first", "last", "taken"), [
+    (0, 6, 0), (1, 5, 1), (2, 4, 2), (3, 3, 1), (4, 4, 0), (4, 6, 0), (1, 2, 0), (0, 3, 0),
+    (0, 2, -1), (0, 0, -1), (0, 1, -1),
+])  # fmt: skip
+def test_ranges_of_mdt(first, last, taken):
+    model = tiny_backbone("MDTv2")
+    assert taken_skips(list(model.blocks)[first : last + 1]) == taken
+    assert closed(model, first, last) == (taken >= 0)
+
+
+def test_any_range_of_dit_can_be_skipped():
+    model = tiny_backbone("DiT")
+    assert all(closed(model, first, last) for first in range(4) for last in range(first, 4))
+    assert taken_skips(model.blocks) == 0
+
+
+def test_delta_on_one_stage_skips_the_second_half_and_later_the_first():
+    loop = Loop(tiny_backbone("DiT"))
+    cache = "delta:range=stages,interval=2,warmup=1,outline=0.5"
+    assert [steps_computed(loop, cache, block) for block in range(4)] == [
+        *[[*range(6), 6, 8, 10]] * 2,
+        *[[0, 2, 4, *range(6, 12)]] * 2,
+    ]
+
+
+def test_delta_says_where_no_block_of_a_stage_can_be_skipped():
+    model = tiny_backbone("MDTv2")
+    with (
+        pytest.raises(UserError, match=r"every block of the first stage leaves a long skip, .*use range=u"),
+        feature_cache(model, "delta:range=stages", 4, lambda: 0),
+    ):
+        pass
+    assert untouched(model)
+    assert steps_computed(Loop(model), "delta:edge=1,warmup=1", 3) == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("family", ["DiT", "MDTv2"])
+@pytest.mark.parametrize(
+    ("cache", "steps"), [("fora:interval=3", [0, 3, 6, 9]), ("taylor:interval=4,warmup=2", [0, 1, 5, 9])]
+)
+def test_schedules_of_other_backbones(family, cache, steps):
+    loop = Loop(tiny_backbone(family))
+    for block in range(len(loop.model.blocks)):
+        if hasattr(loop.model.blocks[block], "attn"):
+            assert steps_computed(loop, cache, block) == steps
+
+
+@pytest.mark.parametrize("family", ["EDT", "MDTv2"])
 @pytest.mark.parametrize("cache", [
     "delta:edge=0", "delta:edge=1", "delta:edge=2", "delta:edge=4", "delta:range=stages", "confident:threshold=100",
     "first-block:threshold=100", "mag:threshold=100", pytest.param("cache-dit:threshold=100", marks=NEEDS_CACHE_DIT),
 ])  # fmt: skip
-def test_long_skips_are_those_of_their_own_step(cache, monkeypatch):
+def test_long_skips_are_those_of_their_own_step(cache, family, monkeypatch):
     """Whoever skips takes the long skips that the skipped blocks would have taken, and later blocks get theirs."""
     made: list[Any] = []
 
@@ -162,14 +212,16 @@ def test_long_skips_are_those_of_their_own_step(cache, monkeypatch):
             return self.popped[-1]
 
     monkeypatch.setattr(backbone, "Skips", Watched)
-    loop = Loop(tiny_model(**DEEP))
+    loop = Loop(tiny_model(**DEEP) if family == "EDT" else tiny_backbone("MDTv2", depth=10))
+    if family == "MDTv2" and cache == "delta:range=stages":
+        return  # refused
     loop.run(cache)
     assert len(made) == loop.steps
     own = cache.split(":")[0] in ("delta", "confident", "cache-dit")
     for skips in made:
         assert all(a is b for a, b in zip(skips.popped, reversed(skips.pushed), strict=False))
         # diffusers' hooks leave on the stack what nobody takes any more.
-        assert not skips._stack or not own
+        assert skips._newest.hidden_states is None or not own
 
 
 @torch.no_grad()

@@ -5,10 +5,13 @@ import pickle
 
 import pytest
 import torch
+from tiny_backbones import tiny_backbone
 from tiny_models import tiny_inputs, tiny_model
 
 from edt_diffusion import EDTTransformer2DModel
-from edt_diffusion.convert import from_official, read_official, to_official
+from edt_diffusion.convert import FAMILIES, from_official, read_official, to_official
+from edt_diffusion.models import DiT2DModel, MDT2DModel
+from edt_diffusion.nn.attention import relative_position_index
 from edt_diffusion.util.errors import UserError
 
 SMALL = {"sample_size": 16, "dims": (16, 24, 32, 24, 16), "num_heads": (2, 3, 4, 3, 2)}
@@ -302,3 +305,129 @@ def test_height_and_width_exchanged_are_refused():
     with pytest.raises(ValueError, match=r"position table pos_embed .*sample_size=\(16, 8\).*exchanged"):
         from_official(state, sample_size=(16, 8))
     assert torch.equal(to_official(from_official(state, sample_size=(8, 16)))["pos_embed"], state["pos_embed"])
+
+
+# ---- DiT and MDTv2 ----
+
+BASELINES = {
+    "dit": ("DiT", {}),
+    "dit, patch 4": ("DiT", {"sample_size": 16, "patch_size": 4}),
+    "dit, rectangle": ("DiT", {"sample_size": (6, 10)}),
+    "dit, unconditional": ("DiT", {"num_classes": None}),
+    "dit, MLP ratio 2.2 of width 28": ("DiT", {"hidden_size": 28, "mlp_ratio": 2.2}),
+    "mdtv2": ("MDTv2", {}),
+    "mdtv2, other decoder": ("MDTv2", {"depth": 9, "decode_layers": 5, "num_heads": 4}),
+    "mdtv2, rectangle": ("MDTv2", {"sample_size": (6, 10)}),
+    "mdtv2, noise only": ("MDTv2", {"learn_sigma": False, "num_classes": None}),
+}
+
+
+@pytest.mark.parametrize("case", BASELINES)
+@torch.no_grad()
+def test_round_trip_of_other_families(case):
+    family, change = BASELINES[case]
+    model = tiny_backbone(family, **change)
+    official = to_official(model)
+    given = {} if isinstance(model.config.sample_size, int) else {"sample_size": model.config.sample_size}
+    given |= {"num_heads": 2} if family == "DiT" else {}
+    back = from_official(official, family.lower(), **given)
+    assert type(back) is type(model)
+    names = ("sample_size", "patch_size", "in_channels", "num_classes", "learn_sigma", "depth", "hidden_size")
+    for name in (*names, "num_heads", *(("decode_layers",) if family == "MDTv2" else ())):
+        assert back.config[name] == model.config[name], name
+    state = model.state_dict()
+    assert back.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.state_dict().items())
+    again = to_official(back)
+    assert again.keys() == official.keys()
+    assert all(torch.equal(tensor, official[name]) for name, tensor in again.items())
+    inputs = tiny_inputs(model)
+    assert torch.equal(back(**inputs).sample, model(**inputs).sample)
+
+
+def test_names_and_shapes_of_dit_and_mdtv2():
+    """Section 13 of design/edt.md: DiT-S has 132 entries and no biases; MDTv2's tables end with three rows more."""
+    with torch.device("meta"):
+        dit = to_official(DiT2DModel.from_size("S"))
+    assert len(dit) == 132
+    assert not any("rel_pos_bias" in name for name in dit)
+    state = to_official(tiny_backbone("MDTv2"))
+    assert {name.split(".")[0] for name in state} == {
+        "pos_embed", "decoder_pos_embed", "mask_token", "x_embedder", "t_embedder", "y_embedder", "en_inblocks",
+        "en_outblocks", "de_blocks", "sideblocks", "final_layer",
+    }  # fmt: skip
+    for name in ("en_inblocks.1", "en_outblocks.1", "de_blocks.1", "sideblocks.0"):
+        assert state[f"{name}.attn.rel_pos_bias.relative_position_bias_table"].shape == (15 * 15 + 3, 2)
+        index = state[f"{name}.attn.rel_pos_bias.relative_position_index"]
+        assert index.dtype == torch.int64
+        assert torch.equal(index, relative_position_index(8, 8))
+        assert (f"{name}.skip_linear.weight" in state) == (name.split(".")[0] in ("en_outblocks", "de_blocks"))
+    assert state["de_blocks.0.skip_linear.weight"].shape == (16, 32)
+    assert state["mask_token"].shape == (1, 1, 16)
+
+
+def test_blocks_of_mdtv2_come_in_the_order_in_out_decoder():
+    model = tiny_backbone("MDTv2")
+    state = to_official(model)
+    places = {"en_inblocks.0": 0, "en_inblocks.1": 1, "en_outblocks.0": 2, "en_outblocks.1": 3, "de_blocks.1": 6}
+    for theirs, ours in places.items():
+        assert torch.equal(state[f"{theirs}.mlp.fc1.weight"], model.blocks[ours].ff.net[0].proj.weight)
+    assert torch.equal(state["sideblocks.0.mlp.fc1.weight"], model.blocks[4].block.ff.net[0].proj.weight)
+    assert torch.equal(state["decoder_pos_embed"], model.blocks[4].pos_embed)
+
+
+@pytest.mark.parametrize("family", ["EDT", "DiT", "MDTv2"])
+def test_a_wrong_family_is_told_the_right_one(family):
+    state = to_official(tiny_backbone(family))
+    for given in set(FAMILIES) - {family.lower()}:
+        with pytest.raises(
+            ValueError, match=f"is not an? .+ checkpoint but one of {family}: give family {family.lower()}"
+        ):
+            from_official(state, given)
+
+
+def test_heads_of_a_dit():
+    state = to_official(tiny_backbone("DiT"))
+    with pytest.raises(ValueError, match=r"no published size has width 16, .* give num_heads"):
+        from_official(state, "dit")
+    small = DiT2DModel.from_size("S", depth=1, sample_size=4)
+    assert from_official(to_official(small), "dit").config.num_heads == 6
+
+
+def test_strange_files_of_other_families():
+    mdt, dit = to_official(tiny_backbone("MDTv2")), to_official(tiny_backbone("DiT"))
+
+    def without(name: str) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in mdt.items() if key != name}
+
+    with pytest.raises(ValueError, match="2 in-blocks, 1 out-blocks, 1 side blocks: expected as many in as out"):
+        from_official(without("en_outblocks.1.attn.qkv.weight"), "mdtv2")
+    with pytest.raises(ValueError, match=r"'sideblocks\.0\.attn\.qkv\.weight' is missing: this is not an MDTv2"):
+        from_official(without("sideblocks.0.attn.qkv.weight"), "mdtv2")
+    with pytest.raises(ValueError, match=r"1 missing \(mask_token\)"):
+        from_official(without("mask_token"), "mdtv2")
+    with pytest.raises(ValueError, match="1 unexpected"):
+        from_official({**dit, "extra": torch.zeros(1)}, "dit", num_heads=2)
+    with pytest.raises(ValueError, match="depth=3 was given, but the state dict says 4"):
+        from_official(dit, "dit", num_heads=2, depth=3)
+    with pytest.raises(ValueError, match="num_heads=4 was given, but the state dict says 2"):
+        from_official(mdt, "mdtv2", num_heads=4)
+
+
+def test_sides_exchanged_are_noticed_in_other_families():
+    """DiT's fixed table tells, and MDTv2's saved index, whose own table is learned."""
+    dit, mdt = (to_official(tiny_backbone(family, sample_size=(4, 8))) for family in ("DiT", "MDTv2"))
+    with pytest.raises(ValueError, match=r"position table pos_embed .*sample_size=\(8, 4\).*exchanged"):
+        from_official(dit, "dit", num_heads=2, sample_size=(8, 4))
+    with pytest.raises(ValueError, match=r"relative_position_index is not that of sample_size=\(8, 4\).*exchanged"):
+        from_official(mdt, "mdtv2", sample_size=(8, 4))
+    moved = mdt["pos_embed"] + 1  # a learned table may be anything
+    back = from_official({**mdt, "pos_embed": moved}, "mdtv2", sample_size=(4, 8))
+    assert type(back) is MDT2DModel
+    assert torch.equal(back.pos_embed, moved)
+
+
+def test_the_authors_files_have_no_place_for_switches_of_ours():
+    for change in ({"side_interpolater": True}, {"token_information_enhancement": False}):
+        with pytest.raises(ValueError, match="no place for a side interpolater or for modules left out"):
+            to_official(tiny_model(**change))

@@ -1,5 +1,6 @@
 """What diffusers and peft give a model that keeps their contracts; a new version of either may break it silently."""
 
+import copy
 import functools
 from typing import Any
 
@@ -9,10 +10,15 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from peft import LoraConfig
+from tiny_backbones import TINY_OF, tiny_backbone
 from tiny_models import tiny_inputs, tiny_model
 
-from edt_diffusion import EDTTransformer2DModel
+from edt_diffusion import ClassConditionalPipeline, EDTTransformer2DModel
+from edt_diffusion.models import BACKBONES, MaskPlan
 from edt_diffusion.models.edt import DownSample, EDTBlock, UpSample
+from edt_diffusion.nn.transformer_block import AdaLNZeroBlock, SideInterpolater
+from edt_diffusion.pipelines import make_scheduler
+from edt_diffusion.pipelines.precision import offload_network
 
 
 def call(model: EDTTransformer2DModel, seed: int = 1, context: str | None = "cond_uncond", **change) -> torch.Tensor:
@@ -209,3 +215,165 @@ def test_lora_is_its_formula():
             up = factors[name.replace(".lora_A.", ".lora_B.")]
             weights[name.split(".lora_A.")[0] + ".weight"].add_(up @ down * 4 / 2)
     torch.testing.assert_close(call(model), call(merged), atol=1e-5, rtol=0)
+
+
+# ---- every backbone ----
+
+FAMILIES = list(TINY_OF)
+
+
+def with_amm(family: str) -> Any:
+    model = tiny_backbone(family)
+    model.set_attention_modulation([1, 3])
+    return model
+
+
+def input_masks(model: Any) -> Any:
+    """Masks of MDT's kind for those that take them, else None."""
+    fits = any(isinstance(block, SideInterpolater) for block in model.blocks)
+    return MaskPlan((), input=(0.4, 0.4)).draw(0, 0, [0, 1], model.mask_grids) if fits else None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_saved_and_loaded_alone_and_in_a_pipeline(tmp_path, family):
+    model = with_amm(family)
+    expected = call(model, context=None)
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert torch.equal(call(loaded, context=None), expected)
+    assert loaded.attention_modulation == model.attention_modulation
+    pipe = ClassConditionalPipeline(model, make_scheduler("ddim"))
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = ClassConditionalPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(again.transformer) is BACKBONES[family]
+    assert torch.equal(call(again.transformer, context=None), expected)
+    asked: dict[str, Any] = {"class_labels": [0, 3], "num_inference_steps": 3, "guidance_scale": 2.0}
+    pictures = [p(**asked, seeds=[4, 5], output_type="np").images for p in (pipe, again)]
+    assert pictures[0].shape[:3] == (2, 8, 8)
+    assert (pictures[0] == pictures[1]).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_block_is_registered_and_every_backend_computes_the_same(family):
+    model = with_amm(family)
+    kinds = {type(block) for block in model.blocks}
+    assert all(TransformerBlockRegistry.get(kind).return_hidden_states_index == 0 for kind in kinds)
+    assert {kind.__name__ for kind in kinds} == set(model._no_split_modules) - (
+        {"SideInterpolater"} if family == "EDT" else set()
+    )
+    expected = call(model)
+    for backend in ("_native_math", "native"):
+        model.set_attention_backend(backend)
+        torch.testing.assert_close(call(model), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_stored_in_float8_and_offloaded(family):
+    model = tiny_backbone(family)
+    expected = call(model, context=None)
+    offloaded = offload_network(copy.deepcopy(model), "cpu")
+    assert torch.equal(call(offloaded, context=None), expected)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    small = ("attn.to_q.weight", "attn.to_out.0.weight", "ff.net.2.weight", "skip_linear.weight", "adaln.linear.weight")
+    kept = (
+        "pos_embed",
+        "mask_token",
+        "position_bias.table",
+        "patch_embed.proj.weight",
+        "norm_out.modulation.linear.bias",
+    )
+    for name, dtype in stored.items():
+        if name.endswith(small):
+            assert dtype == torch.float8_e4m3fn, name
+        if name.endswith(kept):
+            assert dtype == torch.float32, name
+    assert 0 < float((call(model, context=None) - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_names_of_adapted_layers(family):
+    model = tiny_backbone(family)
+    expected = call(model)
+    model.add_adapter(LORA)
+    assert torch.equal(call(model), expected)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    attentions = len(model.attention_layers()) + (family == "MDTv2")  # that of the side block
+    assert len(trained) == 4 * 2 * attentions
+    assert all(".attn.to_" in name and ".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("family", "stages"), [("DiT", [0]), ("DiT", True), *[("MDTv2", s) for s in ([0], [1], [2], [0, 2], True)]]
+)
+def test_checkpointing_changes_no_bit_of_a_gradient(family, stages):
+    """EDT's are in test_edt_model.py. The blocks of the stages named are called twice, the side interpolater once."""
+    model = with_amm(family).train()
+    calls: list[int] = []
+    for number, block in enumerate(model.blocks):
+        name = "transform" if isinstance(block, AdaLNZeroBlock) else "forward"
+        inner = getattr(block, name)
+
+        def counted(*args: Any, _inner: Any = inner, _number: int = number) -> torch.Tensor:
+            calls.append(_number)
+            return _inner(*args)
+
+        setattr(block, name, counted)
+    for masks in {None, input_masks(model)}:
+
+        def gradients(masks: Any = masks) -> list[torch.Tensor]:
+            calls.clear()
+            loss = model(**tiny_inputs(model), token_masks=masks).sample.square().sum()
+            idle = model.masked_only() if masks is None else []
+            trained = [p for name, p in model.named_parameters() if name not in idle]
+            return list(torch.autograd.grad(loss, trained))
+
+        model.set_checkpointed_stages(None)
+        plain = gradients()
+        assert len(calls) == len(model.blocks)
+        model.set_checkpointed_stages(stages)
+        recomputed = gradients()
+        wanted = range(len(model.grids)) if stages is True else stages
+        twice = {n for n in calls if calls.count(n) == 2}
+        assert twice == {
+            n for n, (block, stage) in enumerate(zip(model.blocks, model.block_stages, strict=True))
+            if stage in wanted and isinstance(block, AdaLNZeroBlock)
+        }  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch asks for it while tracing
+@pytest.mark.parametrize(("family", "change", "graphs"), [("DiT", {"depth": 5}, 1), ("MDTv2", {"depth": 10}, 4)])
+def test_graphs_of_compiled_blocks_do_not_grow_with_the_depth(family, change, graphs):
+    """MDTv2: an in-block, the first out-block (whose long skip is its input), the other out-blocks, a decoder block.
+
+    The number of tokens that masks leave varies from step to step: it becomes a variable of the graphs.
+    """
+    torch.compiler.reset()
+    model = tiny_backbone(family, **change)
+    made: list[Any] = []
+
+    def count(graph: Any, _example_inputs: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        masked = MaskPlan((), input=(0.3, 0.5))
+        masks = [masked.draw(0, step, [0, 1], model.mask_grids) for step in range(4)] if model.mask_grids else []
+        eager = [model(**inputs, token_masks=m).sample for m in masks]
+        model.compile_repeated_blocks(fullgraph=True, backend=count)
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-5, rtol=0)
+        assert len(made) == graphs
+        for number, (given, wanted) in enumerate(zip(masks, eager, strict=True)):
+            torch.testing.assert_close(model(**inputs, token_masks=given).sample, wanted, atol=1e-5, rtol=0)
+            if number == 1:
+                seen = len(made)
+        assert not masks or (len({int(m.input.sum()) for m in masks}) > 2 and len(made) == seen)
+    torch.compiler.reset()

@@ -17,6 +17,10 @@ PATHS = {
         "optimizer": {"name": "adan"},
     },
     "flow-adamw": {"objective": {"name": "flow"}, "optimizer": {"name": "adamw"}},
+    "mdtv2-adan": {
+        "model": {"name": "MDTv2", "patch_size": 1, "depth": 4, "hidden_size": 16, "num_heads": 2, "decode_layers": 2},
+        "objective": {"timesteps": "loss_second_moment"},
+    },
 }
 WORKER = """
 import os, signal, sys

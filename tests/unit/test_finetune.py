@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from stores import small_kl
+from tiny_backbones import tiny_backbone
 from tiny_models import tiny_inputs, tiny_model
 
 from edt_diffusion import ClassConditionalPipeline, EDTTransformer2DModel
@@ -341,3 +342,50 @@ def test_another_prediction_is_told():
     assert told("epsilon") == [f"the model predicted noise, {rest}"]
     assert told("v_prediction") == [f"the model predicted v, {rest}"]
     assert told("flow") == []
+
+
+# ---- other backbones ----
+
+
+def test_parts_of_other_backbones_are_the_whole_model():
+    ends = ["patch_embed", "timestep_embedder", "class_embedder"]
+    expected = {
+        "DiT": ["stage0", *ends, "final", "all"],
+        "MDTv2": ["stage0", "stage1", "stage2", "side", "positions", *ends, "position_bias", "final", "all"],
+        "EDT": ["stage0", "stage1", "stage2", "down", "up", "side", *ends, "position_bias", "final", "all"],
+    }
+    for family, wanted in expected.items():
+        model = tiny_backbone(family, **({"side_interpolater": True} if family == "EDT" else {}))
+        parts = parameter_parts(model)
+        assert list(parts) == wanted
+        names = [name for part, members in parts.items() if part not in ("position_bias", "all") for name in members]
+        assert sorted(names) == sorted(parts["all"]) == sorted(name for name, _ in model.named_parameters())
+        if family == "MDTv2":
+            assert parts["positions"] == ["pos_embed", "blocks.4.pos_embed"]
+            assert {name.split(".")[1] for name in parts["stage1"]} == {"2", "3"}
+            assert sorted(parts["side"]) == sorted(model.masked_only())
+
+
+@pytest.mark.parametrize("family", ["DiT", "MDTv2"])
+def test_adapters_of_other_backbones(tmp_path, family):
+    """Merged they are the adapted function, saved and loaded too; what no pass uses gets none."""
+    model = tiny_backbone(family)
+    for name in model.masked_only():
+        model.get_parameter(name).requires_grad_(False)
+    summary = prepare_finetuning(model, FinetuneConfig(lora=LoraSettings(rank=2)), seed=0)
+    assert summary.adapters == len(model.attention_layers()) * 4 * 2 * 2 * 16
+    assert not any(".lora_" in name and ".block." in name for name, _ in model.named_parameters())
+    train(model)
+    expected = predict(model)
+    torch.testing.assert_close(predict(without_adapters(model)), expected, atol=1e-5, rtol=0)
+    assert type(without_adapters(model)) is type(model)
+    save_lora(model, tmp_path / "lora")
+    again = tiny_backbone(family)
+    load_lora(again, tmp_path / "lora")
+    torch.testing.assert_close(predict(again), expected, atol=1e-5, rtol=0)
+
+
+def test_adapters_of_the_side_interpolater_where_masked_passes_are_trained():
+    model = tiny_backbone("MDTv2")
+    summary = prepare_finetuning(model, FinetuneConfig(freeze=("all",), lora=LoraSettings(rank=2)), seed=0)
+    assert summary.adapters == (len(model.attention_layers()) + 1) * 4 * 2 * 2 * 16

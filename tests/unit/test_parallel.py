@@ -35,6 +35,14 @@ RUNS = {
     "sharded lora": {"finetune": {"lora": {"rank": 2}}, "train": {"sharding": "fsdp2"}},
     "sharded frozen": {"finetune": {"freeze": HALF}, "train": {"sharding": "fsdp2"}},
 }
+# Runs of another backbone, without a model to start from.
+MDT = {"name": "MDTv2", "patch_size": 1, "depth": 4, "hidden_size": 16, "num_heads": 2, "decode_layers": 2}
+BACKBONE_RUNS = {
+    "masks at the input": {"model": MDT},
+    "idle side block": {"model": MDT, "objective": {"passes": "full"}},
+    "sharded masks at the input": {"model": MDT, "train": {"sharding": "fsdp2"}},
+    "sharded idle side block": {"model": MDT, "objective": {"passes": "full"}, "train": {"sharding": "fsdp2"}},
+}
 DROPOUT = {"finetune": {"lora": {"rank": 2, "dropout": 0.1}}}
 # Everything that needs two processes, in one pair of them: their start takes most of the time.
 WORKER = """
@@ -50,7 +58,7 @@ results = {
     "gradients": {name: t.gradients_of(folder / name, *settings) for name, settings in t.GRADIENTS.items()},
     "exchanged": {micro: t.exchanged(folder / f"exchange {micro}", micro) for micro in (1, 2, 4)},
 }
-for name, changes in t.RUNS.items():
+for name, changes in {**t.RUNS, **t.BACKBONE_RUNS}.items():
     t.run_of(folder / name, t.started_from(source, changes))
 dropout = t.started_from(source, t.DROPOUT)
 t.run_of(folder / "straight", dropout)
@@ -201,6 +209,18 @@ def test_runs_with_a_part_of_the_parameters_are_those_of_one_process(tmp_path, t
     moved = {key for key in parameters if not torch.equal(other[f"model/{key}"], start[key])}
     # Untrained, a model's blocks do nothing at first: only of one that is fine-tuned all that can move does.
     assert moved == parameters.keys() - frozen or "finetune" not in changes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKBONE_RUNS)
+def test_runs_of_mdt_are_those_of_one_process(tmp_path, two, name):
+    run_of(tmp_path / "one", BACKBONE_RUNS[name], alone=True)
+    one, other = saved(tmp_path / "one"), saved(two / name)
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    guesses = [key for key in one if key.startswith("ema/") and ("mask_token" in key or ".block." in key)]
+    assert bool(guesses) == ("idle" not in name)  # frozen parameters have no average
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def settings(**changes) -> RunConfig:
         "samples": {"per_class": 1, "num_inference_steps": 2},
     }
     for group, values in changes.items():
-        tree[group] = {**tree.get(group, {}), **values}
+        another = group == "model" and "name" in values  # another backbone, with other arguments
+        tree[group] = {**({} if another else tree.get(group, {})), **values}
     return parse_config(tree)
 
 

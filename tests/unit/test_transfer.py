@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.interpolate import CubicHermiteSpline
+from tiny_backbones import tiny_backbone
 from tiny_models import tiny_inputs, tiny_model
 
 from edt_diffusion import EDTTransformer2DModel
 from edt_diffusion.models.class_rows import match_classes
 from edt_diffusion.models.transfer import transfer_weights
 from edt_diffusion.nn.attention import resample_bias_table
-from edt_diffusion.nn.embeddings import sincos_position_table
+from edt_diffusion.nn.embeddings import resample_position_table, sincos_position_table
 from edt_diffusion.util.errors import UserError
 
 
@@ -21,7 +22,7 @@ def settings(source: EDTTransformer2DModel, **change: Any) -> dict[str, Any]:
 
 
 def transferred(source: EDTTransformer2DModel, *names, new_classes: str = "null", **change: Any):
-    target = tiny_model(seed=9, **settings(source, **change))
+    target = tiny_backbone(source.family, seed=9, **settings(source, **change))
     return target, transfer_weights(source, target, *names, new_classes=new_classes)
 
 
@@ -324,3 +325,95 @@ def test_a_published_placement_becomes_that_of_the_new_resolution(monkeypatch):
         assert target.attention_modulation == AttentionModulation(blocks, "cos")
         target, _ = transferred(source, attention_modulation=None, sample_size=12)  # none is published
         assert target.attention_modulation == source.attention_modulation
+
+
+# ---- other backbones ----
+
+SIDE = {"side_interpolater": True}
+
+
+@pytest.mark.parametrize(("family", "change"), [("DiT", {}), ("MDTv2", {}), ("EDT", SIDE)])
+def test_other_backbones_are_copied_bit_for_bit(family, change):
+    source = tiny_backbone(family, **change)
+    target, report = transferred(source)
+    state = source.state_dict()
+    assert state.keys() == target.state_dict().keys() == set(report.copied)
+    assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
+    if family != "DiT":  # what only masked passes use goes along
+        assert any("mask_token" in name for name in report.copied)
+        assert any(".block.attn.position_bias.table" in name for name in report.copied)
+
+
+@pytest.mark.parametrize(("family", "change"), [("DiT", {}), ("MDTv2", {}), ("EDT", SIDE)])
+def test_other_backbones_at_another_grid_and_with_other_classes(family, change):
+    source = tiny_backbone(family, **change)
+    target, report = transferred(source, NAMES, ["bus", "fox"], num_classes=2, sample_size=(8, 16))
+    old, new = source.state_dict(), target.state_dict()
+    adapted = {"class_embedder.weight"}
+    spare = 3 if family == "MDTv2" else 0
+    for name, value in new.items():
+        if name.endswith("position_bias.table"):
+            adapted.add(name)
+            pairs = len(old[name]) - spare
+            side = {225: 8, 49: 4}[pairs]
+            wanted = resample_bias_table(old[name][:pairs], (side, side), (side, 2 * side))
+            assert torch.equal(value, torch.cat([wanted, old[name][pairs:]]))
+        elif name.endswith("pos_embed") and family == "MDTv2":
+            assert torch.equal(value, resample_position_table(old[name], (8, 8), (8, 16)))
+            adapted.add(name)
+        elif name.endswith("pos_embed"):
+            assert name in report.initialised
+        elif name != "class_embedder.weight":
+            assert torch.equal(value, old[name]), name
+    assert torch.equal(new["pos_embed"], sincos_position_table(16, 8, 16)) == (family != "MDTv2")
+    assert set(report.resampled) == adapted
+    rows = [old["class_embedder.weight"][row] for row in (3, 5, 5)]
+    assert torch.equal(new["class_embedder.weight"], torch.stack(rows))
+    how = "resampled from a 8x8 to" if family == "MDTv2" else "computed for"
+    assert f"position tables: {how} a 8x16 grid" in report.notes
+    assert any("biases: resampled" in note for note in report.notes) == (family != "DiT")
+    assert predict(target).isfinite().all()
+
+
+def test_learned_positions_linear_in_the_place_stay_that_plane():
+    """At the middles of the cells, as fractions of the picture."""
+
+    def plane(height: int, width: int) -> torch.Tensor:
+        y = ((torch.arange(height) + 0.5) / height)[:, None].expand(height, width)
+        x = ((torch.arange(width) + 0.5) / width).expand(height, width)
+        return torch.stack([2 * y - x + 1, 3 * x], dim=-1).flatten(0, 1)[None]
+
+    for old, new in (((4, 4), (8, 8)), ((8, 8), (4, 6)), ((3, 5), (5, 3))):
+        out = resample_position_table(plane(*old), old, new)
+        torch.testing.assert_close(out, plane(*new), atol=2e-6, rtol=0)
+    table = torch.randn(1, 12, 4)
+    assert resample_position_table(table, (3, 4), (3, 4)) is table
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("DiT", {"depth": 5}, "depth=5, the trained one 4.*set model.depth=4"),
+        ("MDTv2", {"decode_layers": 4}, "decode_layers=4, the trained one 2"),
+        ("MDTv2", {"num_heads": 4}, "num_heads=4, the trained one 2"),
+        ("EDT", SIDE, "side_interpolater=True, the trained one False"),
+        ("EDT", {"token_information_enhancement": False}, "token_information_enhancement=False, the trained one True"),
+    ],
+)
+def test_other_layouts_of_other_backbones_are_refused(family, change, message):
+    with pytest.raises(UserError, match=message):
+        transfer_weights(tiny_backbone(family), tiny_backbone(family, **change))
+
+
+@pytest.mark.parametrize("family", ["DiT", "MDTv2"])
+def test_another_family_is_refused_and_nothing_is_changed(family):
+    source, target = tiny_backbone(family), tiny_model(3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(UserError, match=f"of the family EDT, the trained one of {family}: .*set model.name={family}"):
+        transfer_weights(source, target)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_edt_without_position_supplement():
+    _, report = transferred(tiny_model(positional_encoding_supplement=False), sample_size=16)
+    assert {name for name in report.initialised if "pos_embed" in name} == {"pos_embed"}

@@ -147,9 +147,7 @@ def build_trainer(
 
     evaluations = evaluation_callback(config, trained_on, pipeline, accelerator, folder, quiet)
     grids = during.SampleGrids(pipeline, config.samples, folder / "samples", write=accelerator.is_main_process)
-    flops = training_flops(
-        sum(model.multiply_adds().values()), config.train.batch_size, len(objective.passes)
-    )
+    flops = training_flops(sum(model.multiply_adds().values()), config.train.batch_size, len(objective.passes))
     peak = None
     if flops * config.train.steps > _WORTH_MEASURING:
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]

@@ -100,7 +100,8 @@ def install_delta(site: Site) -> None:
     """Options range, interval, order, warmup, edge (blocks outside at either end), outline (share of the steps), last.
 
     Raises:
-        UserError: the blocks left by `edge` do not begin and end alike; those that do are named.
+        UserError: the blocks left by `edge` do not begin and end alike; those that do are named. Or with
+            range=stages, all blocks of a stage leave long skips, as MDTv2's do.
     """
     options: Any = site.options
     network, clock = site.network, site.clock
@@ -121,10 +122,15 @@ def install_delta(site: Site) -> None:
     front = [i for i in range(count) if stages[i] == 0]
     rear = [i for i in range(count) if stages[i] == stages[-1]]
     # The samplings between stages change the grid: they stay outside.
-    while not closed(network, front[0], front[-1]):
+    while front and not closed(network, front[0], front[-1]):
         front.pop()
-    while not closed(network, rear[0], rear[-1]):
+    while rear and not closed(network, rear[0], rear[-1]):
         rear.pop(0)
+    if not front or not rear:
+        raise UserError(
+            f"cache {str(site.setting)!r}: every block of the {'last' if front else 'first'} stage leaves a long skip, "
+            "so none can be skipped: use range=u"
+        )
     if front[0] == rear[0]:  # one stage: halves of it
         front, rear = front[: (count + 1) // 2], rear[(count + 1) // 2 :]
     _add_range(site, rear[0], rear[-1], lambda: clock.step < min(outline, end))

@@ -11,6 +11,7 @@ def convert(
     checkpoint: Path = typer.Argument(metavar="CHECKPOINT", help="The authors' .pt file."),
     out: Path = typer.Argument(metavar="OUT", help="Folder to write; must not exist."),
     family: str = typer.Option("edt", "--family", help="Whose file it is: edt, dit or mdtv2."),
+    heads: int | None = typer.Option(None, "--heads", help="Attention heads of a DiT of no published width."),
     weights: str = typer.Option("ema", "--weights", help="ema (what the authors sample from) or model."),
     as_json: bool = typer.Option(False, "--json", help="Print the outcome as JSON."),
 ) -> None:
@@ -28,7 +29,7 @@ def convert(
         raise UserError(f"{out} exists already: name a new folder")
     state = read_official(checkpoint, weights)
     try:
-        model = from_official(state, family)
+        model = from_official(state, family, **({} if heads is None else {"num_heads": heads}))
     except ValueError as error:
         raise UserError(f"{checkpoint} cannot be converted: {error}") from None
     make_folder(out.parent)

@@ -12,12 +12,14 @@ from ..models import DiT2DModel, EDTTransformer2DModel, MDT2DModel
 from ..util.errors import UserError
 from ..util.lookup import lookup
 from . import official_dit, official_edt, official_mdt
+from .shapes import an
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "edt": official_edt.from_official,
     "dit": official_dit.from_official,
     "mdtv2": official_mdt.from_official,
 }
+_NAMES = {"edt": "EDT", "dit": "DiT", "mdtv2": "MDTv2"}
 _INVERSES: dict[type, Callable[[Any], dict[str, Tensor]]] = {
     EDTTransformer2DModel: official_edt.to_official,
     DiT2DModel: official_dit.to_official,
@@ -35,10 +37,25 @@ def from_official(state_dict: Mapping[str, Tensor], family: str = "edt", **confi
             `sample_size` is needed for rectangular grids only.
 
     Raises:
-        ValueError: missing or unexpected entries, or a given value that contradicts the file.
+        ValueError: weights of another family, missing or unexpected entries, or a given value that contradicts the
+            file.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    return lookup(FAMILIES, family, "checkpoint family")(state, **config)
+    build = lookup(FAMILIES, family, "checkpoint family")
+    found = family_of(state)
+    if found is not None and found != family:
+        raise ValueError(f"this is not {an(_NAMES[family])} checkpoint but one of {_NAMES[found]}: give family {found}")
+    return build(state, **config)
+
+
+def family_of(state: Mapping[str, Tensor]) -> str | None:
+    """The key in `FAMILIES` that names in the authors' style speak for, or None."""
+    if any(name.startswith(("en_inblocks.", "sideblocks.")) for name in state):
+        return "mdtv2"
+    if any(name.startswith("down_blocks.") for name in state):
+        return "edt"
+    names = [name for name in state if name.startswith("blocks.")]
+    return "dit" if names and not any(".rel_pos_bias." in name for name in names) else None
 
 
 def to_official(model: Any) -> dict[str, Tensor]:

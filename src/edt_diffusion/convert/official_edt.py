@@ -5,7 +5,6 @@ execution order. Everything that tensor shapes tell is inferred from the file, t
 layout and the published XL size differ, so a name cannot be trusted.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -13,14 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..models.edt import EDTTransformer2DModel
-from .keymap import Entry, block_entries, converted_for, entry_and_exit, pair, to_theirs
+from .keymap import Entry, block_entries, entry_and_exit, load, pair, to_theirs
 from .shapes import entry_config, mlp_ratio, with_given
-
-logger = logging.getLogger(__name__)
-
-# The authors' EMA, applied to frozen tables in fp32, drifts them by up to 1.65e-4.
-_TABLE_DRIFT_WARNING = 1e-6
-_TABLE_DRIFT_ERROR = 1e-2
 
 
 def key_map(depths: Sequence[int], conditional: bool = True) -> list[Entry]:
@@ -86,20 +79,7 @@ def from_official(state: Mapping[str, Tensor], **config: Any) -> EDTTransformer2
     """Build a model from the authors' state dict; see `edt_diffusion.convert.from_official`."""
     inferred = infer_config(state, config.get("sample_size"))
     model = EDTTransformer2DModel(**with_given(config, inferred, inferred["dims"]))
-    converted = converted_for(model, key_map(inferred["depths"], inferred["num_classes"] is not None), state)
-    computed = model.state_dict()
-    for name, table in converted.items():
-        if name.endswith("pos_embed"):
-            drift = float((table.float() - computed[name]).abs().max())
-            if drift > _TABLE_DRIFT_ERROR:
-                raise ValueError(
-                    f"position table {name} is {drift:.2g} off its formula: its grid is not that of "
-                    f"sample_size={inferred['sample_size']!r} (height and width exchanged?)"
-                )
-            if drift > _TABLE_DRIFT_WARNING:
-                logger.warning("position table %s is %.2e off its formula; the file's values are kept", name, drift)
-    model.load_state_dict(converted)
-    return model.eval()
+    return load(model, key_map(inferred["depths"], inferred["num_classes"] is not None), state)
 
 
 def to_official(model: EDTTransformer2DModel) -> dict[str, Tensor]:

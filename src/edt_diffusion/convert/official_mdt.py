@@ -8,6 +8,7 @@ computed, and written when a model is turned back into their form.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.mdt import MDT2DModel
@@ -72,7 +73,15 @@ def from_official(state: Mapping[str, Tensor], **config: Any) -> MDT2DModel:
     """Build a model from the authors' state dict; see `edt_diffusion.convert.from_official`."""
     inferred = infer_config(state, config.get("sample_size"))
     model = MDT2DModel(**with_given(config, inferred))
-    named = {name: tensor for name, tensor in state.items() if not name.endswith(_INDEX)}
+    own = relative_position_index(*model.grids[0])
+    named = {}
+    for name, tensor in state.items():
+        if not name.endswith(_INDEX):
+            named[name] = tensor
+        elif tensor.numel() == own.numel() and not torch.equal(tensor.view_as(own), own):
+            raise ValueError(
+                f"{name} is not that of sample_size={inferred['sample_size']!r} (height and width exchanged?)"
+            )
     entries = key_map(inferred["depth"], inferred["decode_layers"], inferred["num_classes"] is not None)
     return load(model, entries, named)
 

@@ -17,7 +17,7 @@ def count_blocks(state: Mapping[str, Tensor], prefix: str, family: str) -> int:
     while f"{prefix}.{count}.attn.qkv.weight" in state:
         count += 1
     if not count:
-        raise ValueError(f"entry '{prefix}.0.attn.qkv.weight' is missing: this is not {_a(family)} checkpoint")
+        raise ValueError(f"entry '{prefix}.0.attn.qkv.weight' is missing: this is not {an(family)} checkpoint")
     return count
 
 
@@ -39,9 +39,9 @@ def entry_config(
         tokens = state["pos_embed"].shape[1]
         outputs = state["final_layer.linear.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"entry {error} is missing: this is not {_a(family)} checkpoint") from None
+        raise ValueError(f"entry {error} is missing: this is not {an(family)} checkpoint") from None
     if patch.ndim != 4:
-        raise ValueError(f"x_embedder.proj.weight has shape {tuple(patch.shape)}: this is not {_a(family)} checkpoint")
+        raise ValueError(f"x_embedder.proj.weight has shape {tuple(patch.shape)}: this is not {an(family)} checkpoint")
     patch_size, in_channels = patch.shape[2], patch.shape[1]
     if sample_size is None:
         side = math.isqrt(tokens)
@@ -106,5 +106,6 @@ def with_given(config: Mapping[str, Any], inferred: Mapping[str, Any], widths: S
     return {**config, **told}
 
 
-def _a(family: str) -> str:
+def an(family: str) -> str:
+    """The name of a family with its article."""
     return f"{'an' if family[0] in 'EM' else 'a'} {family}"

@@ -15,12 +15,12 @@ def timestep_embedding(dim: int, frequencies: int = 256) -> int:
 
 
 def transformer_block(tokens: int, dim: int, cond_dim: int, mlp_ratio: float = 4.0) -> dict[str, int]:
-    """adaLN 6 D C, projections 4 N C^2, attention products 2 N^2 C, MLP 2 r N C^2."""
+    """adaLN 6 D C, projections 4 N C^2, attention products 2 N^2 C, MLP 2 N C times its hidden width."""
     return {
         "adaln": 6 * cond_dim * dim,
         "projections": 4 * tokens * dim * dim,
         "attention": 2 * tokens * tokens * dim,
-        "mlp": int(2 * mlp_ratio * tokens * dim * dim),
+        "mlp": 2 * tokens * dim * int(dim * mlp_ratio),
     }
 
 

@@ -140,8 +140,9 @@ class MDT2DModel(Backbone):
             sample_size, patch_size, in_channels, num_classes, learn_sigma,
             *one_stage(depth=depth, hidden_size=hidden_size, num_heads=num_heads), mlp_ratio,
         )  # fmt: skip
-        encoder = depth - decode_layers if isinstance(decode_layers, int) else -1
-        if isinstance(decode_layers, bool) or decode_layers < 1 or encoder < 2 or encoder % 2:
+        whole = isinstance(decode_layers, int) and not isinstance(decode_layers, bool)
+        encoder = depth - decode_layers if whole and decode_layers > 0 else -1
+        if encoder < 2 or encoder % 2:
             raise ValueError(
                 f"decode_layers={decode_layers!r} of depth={depth}: expected at least one, and an even number of at "
                 "least two blocks left for the encoder"

@@ -6,21 +6,26 @@ on the grid is computed or resampled, and what has no counterpart keeps the targ
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.attention import resample_bias_table
-from ..nn.embeddings import sincos_position_table
+from ..nn.attention import RelativePositionBias, resample_bias_table
+from ..nn.embeddings import resample_position_table, sincos_position_table
 from ..nn.modulation import AttentionModulation
 from ..util.errors import UserError
 from ..util.lookup import lookup
+from .backbone import Backbone
 from .class_rows import NEW_CLASS_ROWS, match_classes
-from .edt import DownSample, EDTTransformer2DModel, UpSample
 from .layout import Grid
 
-_SAME = ("depths", "dims", "num_heads", "mlp_ratio")
+# Arguments that models of any family may differ in.
+_MAY_DIFFER = (
+    "self", "sample_size", "patch_size", "in_channels", "num_classes", "learn_sigma", "stage0_mask_block",
+    "attention_modulation",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,8 +58,8 @@ class TransferReport:
 
 @torch.no_grad()
 def transfer_weights(
-    source: EDTTransformer2DModel,
-    target: EDTTransformer2DModel,
+    source: Backbone,
+    target: Backbone,
     source_classes: Sequence[str] | None = None,
     target_classes: Sequence[str] | None = None,
     *,
@@ -66,8 +71,10 @@ def transfer_weights(
       by number if the counts agree. Others start from `new_classes`. The null row is copied. From an unconditional
       model all rows become zero, and into one the null row is added to the timestep embedding: both then predict what
       the source predicts without a class.
-    - Another grid: position tables are the target's own, relative-position biases are resampled
-      (`nn.attention.resample_bias_table`). On an equal grid the source's stored tables are kept.
+    - Another grid: computed position tables are the target's own; learned ones (MDTv2) and relative-position biases are
+      resampled (`nn.embeddings.resample_position_table`, `nn.attention.resample_bias_table`). On an equal grid the
+      source's stored tables are kept.
+    - A side interpolater is taken over with its mask token; both models must have one, or neither.
     - Predicted variance: its output channels are dropped, or added with zeros (the middle of the learned range).
     - Another patch size or channel count: patch embedding and output layer stay the target's.
     - AMM, unless the target has a setting of its own: a published placement becomes the one published for the target,
@@ -81,11 +88,16 @@ def transfer_weights(
         new_classes: a name in `NEW_CLASS_ROWS`.
 
     Raises:
-        UserError: depths, widths, heads or MLP ratio differ; the number of names is not that of the classes; a model
-            has adapters; an unknown `new_classes`.
+        UserError: the models are of different families, or depths, widths, heads, MLP ratio or modules differ; the
+            number of names is not that of the classes; a model has adapters; an unknown `new_classes`.
     """
     lookup(NEW_CLASS_ROWS, new_classes, "start of new classes")
-    for name in _SAME:
+    if type(source) is not type(target):
+        raise UserError(
+            f"the new model is of the family {target.family}, the trained one of {source.family}: weights can be taken "
+            f"over within a family only; set model.name={source.family}"
+        )
+    for name in (name for name in signature(type(source).__init__).parameters if name not in _MAY_DIFFER):
         ours, theirs = (_plain(model.config[name]) for model in (target, source))
         if ours != theirs:
             raise UserError(
@@ -100,7 +112,7 @@ def transfer_weights(
     parameters = dict(source.named_parameters())
     same_patches = all(source.config[name] == target.config[name] for name in ("patch_size", "in_channels"))
     for name, parameter in target.named_parameters():
-        if name in special or name.endswith("position_bias.table"):
+        if name in special or name.endswith(("position_bias.table", "pos_embed")):
             continue
         if name.startswith("patch_embed.") and not same_patches:
             report.initialised.append(name)
@@ -117,22 +129,34 @@ def transfer_weights(
     return report
 
 
-def _transfer_biases(source: EDTTransformer2DModel, target: EDTTransformer2DModel, report: TransferReport) -> None:
-    names = {module: name for name, module in target.named_modules()}
-    for (old, old_grid), (new, grid) in zip(source.attention_layers(), target.attention_layers(), strict=True):
-        new.position_bias.table.copy_(resample_bias_table(old.position_bias.table, old_grid, grid))
-        (report.copied if grid == old_grid else report.resampled).append(f"{names[new]}.position_bias.table")
+def _transfer_biases(source: Backbone, target: Backbone, report: TransferReport) -> None:
+    """Tables of relative positions, those of a side interpolater among them; rows that no pair has are copied."""
+    old = {name: module for name, module in source.named_modules() if isinstance(module, RelativePositionBias)}
+    if not old:
+        return
+    for name, new in target.named_modules():
+        if not isinstance(new, RelativePositionBias):
+            continue
+        was, unused = old[name], new.unused_rows
+        pairs, spare = was.table.split([len(was.table) - unused, unused])
+        new.table.copy_(torch.cat([resample_bias_table(pairs, was.grid, new.grid), spare]))
+        (report.copied if was.grid == new.grid else report.resampled).append(f"{name}.table")
     if (first := source.grids[0]) != target.grids[0]:
         report.notes.append(
             f"relative-position biases: resampled from a {_times(first)} to a {_times(target.grids[0])} grid"
         )
 
 
-def _transfer_tables(source: EDTTransformer2DModel, target: EDTTransformer2DModel, report: TransferReport) -> None:
-    """Sine-cosine tables: the source's where the grid is the same, because a file may hold others than are computed."""
-    old, drift = dict(_position_tables(source)), 0.0
-    for name, (table, grid) in _position_tables(target):
+def _transfer_tables(source: Backbone, target: Backbone, report: TransferReport) -> None:
+    """Position tables: the source's where the grid is the same, because a file may hold others than are computed."""
+    old, drift, learned = _position_tables(source), 0.0, False
+    for name, (table, grid) in _position_tables(target).items():
         stored, old_grid = old[name]
+        if isinstance(stored, nn.Parameter):
+            learned = True
+            table.copy_(resample_position_table(stored, old_grid, grid))
+            (report.copied if grid == old_grid else report.resampled).append(name)
+            continue
         computed = sincos_position_table(stored.shape[-1], *old_grid).to(stored)
         drift = max(drift, float((stored - computed).abs().max()))
         if grid == old_grid:
@@ -141,25 +165,25 @@ def _transfer_tables(source: EDTTransformer2DModel, target: EDTTransformer2DMode
         else:
             report.initialised.append(name)
     if source.grids[0] != target.grids[0]:
-        report.notes.append(f"position tables: computed for a {_times(target.grids[0])} grid")
+        first = source.grids[0]
+        how = f"resampled from a {_times(first)} to" if learned else "computed for"
+        report.notes.append(f"position tables: {how} a {_times(target.grids[0])} grid")
     if drift:
         kept = "kept" if source.grids[0] == target.grids[0] else "not carried over to the new grid"
         report.notes.append(f"the source's position tables differ from the computed ones by up to {drift:.1e}: {kept}")
 
 
-def _position_tables(model: EDTTransformer2DModel) -> list[tuple[str, tuple[Tensor, Grid]]]:
-    out: list[tuple[str, tuple[Tensor, Grid]]] = [("pos_embed", (model.pos_embed, model.grids[0]))]
-    for number, block in enumerate(model.blocks):
-        if isinstance(block, DownSample):
-            out.append((f"blocks.{number}.pos_embed", (block.pos_embed, (block.grid[0] // 2, block.grid[1] // 2))))
-        elif isinstance(block, UpSample):
-            out.append((f"blocks.{number}.pos_embed", (block.pos_embed, (block.grid[0] * 2, block.grid[1] * 2))))
-    return out
+def _position_tables(model: Backbone) -> dict[str, tuple[Tensor, Grid]]:
+    """The tables of a model, learned or computed, and their grids, by their names in the state dict."""
+    grids = {"pos_embed": model.grids[0]}
+    for number, (block, stage) in enumerate(zip(model.blocks, model.block_stages, strict=True)):
+        # A down-sampling adds the positions of the stage after it.
+        grids[f"blocks.{number}.pos_embed"] = model.grids[stage + getattr(block, "ends_stage", False)]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: (tensors[name], grid) for name, grid in grids.items() if name in tensors}
 
 
-def _transfer_output(
-    source: EDTTransformer2DModel, target: EDTTransformer2DModel, same_patches: bool, report: TransferReport
-) -> None:
+def _transfer_output(source: Backbone, target: Backbone, same_patches: bool, report: TransferReport) -> None:
     names = ["proj_out.weight", "proj_out.bias"]
     if not same_patches:
         report.initialised += names
@@ -179,8 +203,8 @@ def _transfer_output(
 
 
 def _transfer_classes(
-    source: EDTTransformer2DModel,
-    target: EDTTransformer2DModel,
+    source: Backbone,
+    target: Backbone,
     source_names: list[str] | None,
     target_names: list[str] | None,
     new_classes: str,
@@ -225,7 +249,7 @@ def _transfer_classes(
         report.notes.append(f"classes left behind: {_some(left)}")
 
 
-def _transfer_modulation(source: EDTTransformer2DModel, target: EDTTransformer2DModel, report: TransferReport) -> None:
+def _transfer_modulation(source: Backbone, target: Backbone, report: TransferReport) -> None:
     setting = source.attention_modulation
     if target.attention_modulation is not None:
         if setting != target.attention_modulation:
@@ -245,9 +269,7 @@ def _transfer_modulation(source: EDTTransformer2DModel, target: EDTTransformer2D
         )
 
 
-def _modulation_for(
-    source: EDTTransformer2DModel, target: EDTTransformer2DModel, setting: AttentionModulation
-) -> AttentionModulation:
+def _modulation_for(source: Backbone, target: Backbone, setting: AttentionModulation) -> AttentionModulation:
     if source.grids == target.grids:
         return setting
     for preset in source.amm_presets.values():
@@ -260,7 +282,7 @@ def _modulation_for(
     return setting
 
 
-def _names(model: EDTTransformer2DModel, names: Sequence[str] | None) -> list[str] | None:
+def _names(model: Backbone, names: Sequence[str] | None) -> list[str] | None:
     count = model.config.num_classes
     if names is not None and count is not None and len(names) != count:
         raise UserError(f"{len(names)} class names for a model of {count} classes: give one per class, in label order")

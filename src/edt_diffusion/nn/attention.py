@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor, nn
 
+from .cubic import cubic_weights
 from .modulated_attention import (
     explicit_attention,
     form_for,
@@ -48,9 +49,8 @@ def resample_bias_table(table: Tensor, source: tuple[int, int], target: tuple[in
     d n_source / n cells on the source, in each axis. The same picture at a higher resolution has the same objects at
     the same fractions, so a head that looked at the eye beside the nose still does.
 
-    The kernel is Keys' cubic convolution with a = -1/2, the one that reproduces polynomials up to degree two (torch's,
-    with a = -3/4, bends straight lines). A finer grid reaches beyond the source's last offset by less than one cell;
-    there the last two entries are continued in a straight line.
+    A finer grid reaches beyond the source's last offset by less than one cell; there the last two entries are continued
+    in a straight line (`cubic_weights`).
 
     Args:
         table: ((2 h - 1) (2 w - 1), heads) of the source grid.
@@ -59,8 +59,6 @@ def resample_bias_table(table: Tensor, source: tuple[int, int], target: tuple[in
 
     Returns:
         ((2 h' - 1) (2 w' - 1), heads), of the table's dtype; for equal grids the table itself.
-
-    Source: R. Keys 1981, "Cubic convolution interpolation for digital image processing".
     """
     if source == target:
         return table
@@ -71,23 +69,8 @@ def resample_bias_table(table: Tensor, source: tuple[int, int], target: tuple[in
 
 def _cubic_offsets(source: int, target: int) -> Tensor:
     """Weights (2 target - 1, 2 source - 1) that take values at offsets 1 - source ... source - 1 to the target's."""
-    if source == 1:
-        return torch.ones(2 * target - 1, 1, dtype=torch.float64)
-    count = 2 * source - 1
-    place = torch.arange(1 - target, target, dtype=torch.float64) * source / target + source - 1
-    first = place.floor().clamp(0, count - 2).long()  # the last interval also serves what lies beyond
-    t = place - first
-    kernel = [-t / 2 + t**2 - t**3 / 2, 1 - 2.5 * t**2 + 1.5 * t**3, t / 2 + 2 * t**2 - 1.5 * t**3, (t**3 - t**2) / 2]
-    inside = (t >= 0) & (t <= 1)
-    line = [torch.zeros_like(t), 1 - t, t, torch.zeros_like(t)]
-    out = torch.zeros(2 * target - 1, count + 2, dtype=torch.float64)  # with one offset more at either end
-    for shift, (cubic, linear) in enumerate(zip(kernel, line, strict=True)):
-        out.scatter_add_(1, (first + shift)[:, None], torch.where(inside, cubic, linear)[:, None])
-    before, after = out[:, :1], out[:, -1:]
-    out = out[:, 1:-1].clone()
-    out[:, :2] += before * torch.tensor([2.0, -1.0], dtype=torch.float64)
-    out[:, -2:] += after * torch.tensor([-1.0, 2.0], dtype=torch.float64)
-    return out
+    offsets = torch.arange(1 - target, target, dtype=torch.float64)
+    return cubic_weights(offsets * source / target + source - 1, 2 * source - 1)
 
 
 class RelativePositionBias(nn.Module):
@@ -108,6 +91,8 @@ class RelativePositionBias(nn.Module):
     def __init__(self, height: int, width: int, heads: int, keep_gathered: bool = True, unused_rows: int = 0) -> None:
         super().__init__()
         self.heads = heads
+        self.grid = (height, width)
+        self.unused_rows = unused_rows
         self.tokens = height * width
         self.keep_gathered = keep_gathered
         self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1) + unused_rows, heads))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .cubic import cubic_weights
+
 
 def sincos_position_table(dim: int, height: int, width: int) -> Tensor:
     """Two-dimensional sine-cosine position table (MAE / DiT convention).
@@ -29,6 +31,27 @@ def sincos_position_table(dim: int, height: int, width: int) -> Tensor:
     columns = axis(torch.arange(width, dtype=torch.float64)).repeat(height, 1)
     rows = axis(torch.arange(height, dtype=torch.float64)).repeat_interleave(width, dim=0)
     return torch.cat([columns, rows], dim=1).float().unsqueeze(0)
+
+
+def resample_position_table(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """A learned position table for another grid, by bicubic interpolation between the middles of the cells.
+
+    Cells correspond as fractions of the picture, as in `nn.attention.resample_bias_table`.
+
+    Args:
+        table: (1, h w, dim) of the source grid, row-major.
+        source: (h, w).
+        target: (h', w').
+
+    Returns:
+        (1, h' w', dim), of the table's dtype; for equal grids the table itself.
+    """
+    if source == target:
+        return table
+    middles = [(torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5 for n, m in zip(source, target, strict=True)]
+    rows, columns = (cubic_weights(at, n).to(table.device) for at, n in zip(middles, source, strict=True))
+    grid = table.double().unflatten(1, source)
+    return torch.einsum("yr,brcd,xc->byxd", rows, grid, columns).flatten(1, 2).to(table.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -12,6 +12,17 @@ from .attention import GridAttention
 from .embeddings import sincos_position_table
 
 
+class _LongSkip:
+    """One long skip and the one left before it; the last one holds nothing and comes before itself.
+
+    Linked, with no None at the end: a compiled block would be compiled anew for each length of a list, and for None.
+    """
+
+    def __init__(self, hidden_states: Tensor | None, before: "_LongSkip | None" = None) -> None:
+        self.hidden_states = hidden_states
+        self.before: _LongSkip = self if before is None else before
+
+
 class Skips:
     """What blocks of one forward pass share beside the hidden states.
 
@@ -32,15 +43,18 @@ class Skips:
         self.masks = masks
         self.modulate = modulate
         self.kept = kept
-        self._stack: list[Tensor] = []
+        self._newest = _LongSkip(None)
 
     def push(self, hidden_states: Tensor) -> None:
         """Leave hidden states for a later block: a long skip."""
-        self._stack.append(hidden_states)
+        self._newest = _LongSkip(hidden_states, self._newest)
 
     def pop(self) -> Tensor:
         """The newest hidden states left (LIFO)."""
-        return self._stack.pop()
+        newest = self._newest
+        assert newest.hidden_states is not None
+        self._newest = newest.before
+        return newest.hidden_states
 
 
 class AdaLNZeroBlock(nn.Module):

@@ -69,9 +69,9 @@ def compared(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(part: Any) -> dict[str, str]:
-    """What a part's configuration says, without names of files, versions and the modulation."""
+    """What a part's configuration says, without names of files and versions."""
     own = {} if part is None else part.config
-    return {name: repr(own[name]) for name in own if not name.startswith("_") and name != "attention_modulation"}
+    return {name: repr(own[name]) for name in own if not name.startswith("_")}
 
 
 def default_folder(model: str) -> Path:
