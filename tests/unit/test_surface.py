@@ -8,7 +8,8 @@ import edt_diffusion
 
 def test_the_stable_surface_is_reached_from_a_bare_import():
     names = (
-        "EDTTransformer2DModel", "DiT2DModel", "MDT2DModel", "ClassConditionalPipeline", "MaskPlan", "TokenMasks", "convert.from_official",
+        "EDTTransformer2DModel", "DiT2DModel", "MDT2DModel", "ClassConditionalPipeline", "MaskPlan", "TokenMasks",
+        "convert.from_official",
         "convert.to_official", "objectives.LearnedVarianceObjective", "models.masking.TokenMasks",
     )  # fmt: skip
     code = "import edt_diffusion; " + "; ".join(f"edt_diffusion.{name}" for name in names)

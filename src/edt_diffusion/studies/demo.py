@@ -67,7 +67,7 @@ def run_demo(folder: Path, overrides: list[str] | None = None, quiet: bool = Fal
     report = _judge(pipeline, folder, training, held_out)
     report["train_seconds"] = round(trainer.seconds, 1)
     report["train_steps"] = trainer.step
-    report |= _losses(folder, config)
+    report |= _losses(folder)
     atomic_write_json(folder / "report.json", report)
     return report
 
@@ -132,13 +132,15 @@ def _judge(
     return report
 
 
-def _losses(folder: Path, config: RunConfig) -> dict[str, float]:
+def _losses(folder: Path) -> dict[str, float]:
     """Draw the curves of the run, and return the means of its losses over the first and last tenth of the log."""
     draw_curves([folder], None, folder / "loss.png")
     lines = read_log(folder)
     facts = {}
-    for name in config.objective.passes.split("+"):
+    for name in ("full", "masked"):  # those that the run has
         values = [line[f"loss_{name}"] for line in lines if f"loss_{name}" in line]
+        if not values:
+            continue
         tenth = max(1, len(values) // 10)
         facts[f"loss_{name}_first"] = float(np.mean(values[:tenth]))
         facts[f"loss_{name}_last"] = float(np.mean(values[-tenth:]))
