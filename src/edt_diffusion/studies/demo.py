@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..assemble import build_trainer, open_data
-from ..config import RunConfig, load_config, run_source
+from ..config import load_config, run_source
 from ..data import ImageDataset, require_classes, stratified_split
 from ..evaluation.judge import PixelJudge, diversity_ratio, memorisation_ratio
 from ..pipelines import ClassConditionalPipeline
