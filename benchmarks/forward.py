@@ -188,7 +188,9 @@ def quartiles(values: Sequence[float]) -> list[float]:
 class NaiveProcessor:
     """Attention of `GridAttention` as it is first written down: the bias gathered in each call, scores held whole."""
 
-    def __call__(self, attn: GridAttention, hidden_states: Tensor, modulate: bool = True) -> Tensor:
+    def __call__(
+        self, attn: GridAttention, hidden_states: Tensor, modulate: bool = True, kept: Tensor | None = None
+    ) -> Tensor:
         batch, tokens, dim = hidden_states.shape
         heads = attn.heads
         q, k, v = (

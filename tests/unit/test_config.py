@@ -16,7 +16,7 @@ from edt_diffusion.config import (
     settled,
     to_yaml,
 )
-from edt_diffusion.models import EDTTransformer2DModel
+from edt_diffusion.models import BACKBONES, EDTTransformer2DModel
 from edt_diffusion.objectives.config import default_masks
 from edt_diffusion.util.errors import UserError
 
@@ -95,17 +95,19 @@ def test_every_preset_loads_and_its_model_can_be_built(name):
     if latents:
         shape = {"sample_size": pixels // 8, "in_channels": 4}
     arguments = {key: value for key, value in config.model.items() if key not in ("name", "size")}
-    build = EDTTransformer2DModel
+    build = BACKBONES[config.model.get("name", "EDT")]
     size = config.model.get("size")
     with torch.device("meta"):
         model = build.from_size(size, **shape) if size else build(**arguments, **shape, num_classes=10)
-    assert len(default_masks(config.model).down) == len(model.mask_grids)
+    assert len(default_masks(config.model).down) == len(model.down_grids)
+    assert (default_masks(config.model).input is not None) == (config.model.get("name") == "MDTv2")
 
 
 def test_the_shipped_presets_are_these():
     paper = [f"edt-{size}-{pixels}" for size in ("s", "b", "xl") for pixels in (256, 512)]
     unmasked = [f"edt-{size}-256-star" for size in ("s", "b", "xl")]
-    assert set(presets()) == {"digits", "small-32", "card-8gb-256", "cpu-256", *paper, *unmasked}
+    baselines = ["dit-s-256", "mdtv2-s-256"]
+    assert set(presets()) == {"digits", "small-32", "card-8gb-256", "cpu-256", *paper, *unmasked, *baselines}
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
@@ -219,7 +221,7 @@ def test_files_that_hold_no_configuration(tmp_path, yaml_file):
 
 
 def test_a_misspelt_preset_gets_the_right_one_and_a_folder_the_right_option(tmp_path):
-    with pytest.raises(UserError, match=r"'small-23'.*digits, edt-b-256.*small-32.*did you mean 'small-32'"):
+    with pytest.raises(UserError, match=r"'small-23'.*digits, dit-s-256.*small-32.*did you mean 'small-32'"):
         load_config("small-23")
     with pytest.raises(UserError, match="--data"):
         load_config(tmp_path)
