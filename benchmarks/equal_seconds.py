@@ -24,6 +24,7 @@ from typing import Any
 
 from machine import machine
 
+from edt_diffusion.models import BACKBONES
 from edt_diffusion.studies.matrix import Arm, Budget, Matrix, Results, Variant, run_matrix
 from edt_diffusion.studies.matrix.results import Estimate, draw_curves, new_figure, save_figure
 from edt_diffusion.util.errors import UserError
@@ -61,7 +62,7 @@ ARMS = (
 GROUPS = {"backbones": ("edt", "dit", "mdt"), "masks": ("edt", "edt-mdtmask", "edt-nomask")}
 TITLES = {"backbones": "three backbones, equal parameters", "masks": "EDT with three kinds of masks"}
 # Arms whose rate is tried out, and who takes it over.
-BACKBONES = {"edt": ("edt", "edt-nomask", "edt-mdtmask"), "dit": ("dit",), "mdt": ("mdt",)}
+TRIED = {"edt": ("edt", "edt-nomask", "edt-mdtmask"), "dit": ("dit",), "mdt": ("mdt",)}
 
 
 def precision(word: str) -> str:
@@ -99,7 +100,7 @@ def matrix(options: argparse.Namespace, arms: list[Arm], budget: str, seeds: int
 def tried_rates(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """The best rate of each backbone in a short trial with one seed, and the distances it was chosen by."""
     rates = [float(word) for word in options.rates.split(",")]
-    trained = [name for name, users in BACKBONES.items() if set(users) & set(names)]
+    trained = [name for name, users in TRIED.items() if set(users) & set(names)]
     arms = [
         Arm(f"{arm.name}-{rate:g}", f"{arm.title}, {rate:g}", {**arm.settings, "optimizer.lr": rate})
         for arm in ARMS if arm.name in trained for rate in rates
@@ -123,7 +124,7 @@ def main() -> None:
     arms = [arm for arm in ARMS if arm.name in wanted]
     trial = tried_rates(options, [arm.name for arm in arms]) if options.rates else None
     if trial is not None:
-        rate_of = {user: trial["chosen"][name] for name, users in BACKBONES.items() if name in trial["chosen"]
+        rate_of = {user: trial["chosen"][name] for name, users in TRIED.items() if name in trial["chosen"]
                    for user in users}  # fmt: skip
         arms = [Arm(arm.name, arm.title, {**arm.settings, "optimizer.lr": rate_of[arm.name]}) for arm in arms]
     asked = matrix(
@@ -142,7 +143,7 @@ def write(results: Results, trial: dict[str, Any] | None, options: argparse.Name
     told["cells"] = [{name: cell[name] for name in cell if name != "details"} for cell in told["cells"]]
     told = {
         **told, "rate_trial": trial, "rate": options.lr if trial is None else trial["chosen"],
-        "machine": machine(), "command": f"python benchmarks/equal_seconds.py --budget {options.budget}",
+        "machine": machine(), "command": command(options),
     }  # fmt: skip
     atomic_write_json(options.out / "equal_seconds.json", json.loads(json.dumps(told)))
     atomic_write_text(options.out / "equal_seconds.md", page(results, trial, options))
@@ -171,10 +172,10 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
         "Fréchet distance is of features of a small network, pictures brought to 32 px for it: it is not FID. Intervals"
         " are 95 % of Student's t over seeds. Lower is better.",
         "",
-        "| arm | parameters | steps | images/s | "
+        "| arm | parameters | multiply-adds of a step's picture | steps | images/s | "
         + " | ".join(f"distance at {point:.0%}" for point in asked.points)
         + " | difference to EDT |",
-        "|---|---|---|---|" + "---|" * (len(asked.points) + 1),
+        "|---|---|---|---|---|" + "---|" * (len(asked.points) + 1),
     ]
     for arm in asked.arms:
         done = [
@@ -186,8 +187,8 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
         cells = [text(results.mean(arm.name, "fid", point)) for point in asked.points]
         against = "" if arm.name == "edt" else text(results.difference(arm.name, "edt"), signed=True)
         lines.append(
-            f"| {arm.title} | {done[0]['parameters']:,} | {spent['step']:.0f} | {speed} | " if done and spent
-            else f"| {arm.title} | | | | "
+            f"| {arm.title} | {done[0]['parameters']:,} | {work(arm)} | {steps(done)} | {speed} | " if done and spent
+            else f"| {arm.title} | | {work(arm)} | | | "
         )  # fmt: skip
         lines[-1] += " | ".join([*cells, against]) + " |"
     lines += ["", f"Held-out real pictures: {ceiling['value']:.3f}." if ceiling else "No ceiling was measured."]
@@ -198,10 +199,49 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
             f"The rate of learning was chosen for each backbone by a trial of {trial['budget']} with one seed: "
             f"{json.dumps(trial['distances'])}; chosen {json.dumps(trial['chosen'])}."
         )
-    lines.append("Parameters are those trained: MDT's side interpolater, not used when sampling, is among them.")
+        edge = at_the_edge(trial)
+        if edge:
+            lines.append(
+                f"The rate chosen is the lowest or the highest tried for {', '.join(edge)}: a better one may lie "
+                "beyond."
+            )
+    lines += [
+        "Parameters are those trained: MDT's side interpolater, not used when sampling, is among them. Multiply-adds "
+        "are of one forward pass on all tokens, times the passes of a step. Points before the last are of runs whose "
+        "rate of learning is still high, not of shorter runs. Seconds of CPU time grow where other work shares a "
+        "core's caches: steps are given from the fewest to the most of a seed.",
+    ]
     if results.missing:
         lines.append(f"Missing: {', '.join(results.missing)}.")
     return "\n".join(lines) + "\n"
+
+
+def work(arm: Arm) -> str:
+    """Multiply-adds of one picture in all passes of a step, a masked pass counted as a full one."""
+    arguments = dict(arm.settings["model"])
+    network = BACKBONES[arguments.pop("name")](sample_size=16, in_channels=3, num_classes=10, **arguments)
+    passes = len(arm.settings["objective.passes"].split("+"))
+    return f"{sum(network.multiply_adds().values()) / 1e6:.1f} M x {passes}"
+
+
+def steps(done: list[dict[str, Any]]) -> str:
+    """The steps of an arm's runs, the fewest and the most."""
+    made = [facts["steps"] for facts in done]
+    return f"{min(made)}" if min(made) == max(made) else f"{min(made)} to {max(made)}"
+
+
+def at_the_edge(trial: dict[str, Any]) -> list[str]:
+    """Backbones whose best rate is the lowest or the highest of those tried."""
+    tried = {name: [float(rate) for rate in scored] for name, scored in trial["distances"].items()}
+    return [name for name, rate in trial["chosen"].items() if rate in (min(tried[name]), max(tried[name]))]
+
+
+def command(options: argparse.Namespace) -> str:
+    """What was run, without the names of files."""
+    told = ["budget", "seeds", "images", "only", "precision", "processes", "threads"]
+    told += ["rates", "trial"] if options.rates else ["lr"]
+    words = [f"--{name} {getattr(options, name)}" for name in told]
+    return " ".join(["python benchmarks/equal_seconds.py --train TRAIN --test TEST --extractor NETWORK.ts", *words])
 
 
 def text(estimate: Estimate | None, signed: bool = False) -> str:

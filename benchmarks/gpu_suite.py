@@ -29,6 +29,7 @@ as `labels` or `arr_1`, which need nothing but numpy; `--pack` makes them from a
 """
 
 import argparse
+import copy
 import gc
 import io
 import json
@@ -69,6 +70,7 @@ TOGETHER = ("S", "B", "tiny")  # sizes whose trainings fit in memory beside one 
 WINDOW_SECONDS = 0.3  # calls queued one behind the other
 SAMPLINGS = (("dpm++", 20, "none"), ("ddim", 50, "none"), ("ddim", 50, "fora"), ("ddim", 50, "taylor"))
 METRICS = ("fid", "kid", "is")
+LEAST_SECONDS = 15.0  # below which the timed training is not begun
 LEFT_OUT = "left_out"
 
 
@@ -163,6 +165,12 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def set_tf32(allowed: bool) -> None:
+    """Products and convolutions of float32 in TF32 or not; torch has it on for convolutions, patch embeddings too."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
@@ -230,22 +238,23 @@ def errors_of(network: str, size: str, pixels: int, amm: bool, device: torch.dev
         assert setting is not None
         model.set_attention_modulation(setting.blocks, setting.formula, setting.radius)
     set_form(model, "explicit")
-    exact = compare.pass_of(model, 2, torch.float64, device)().clone()
+    exact = compare.pass_of(copy.deepcopy(model), 2, torch.float64, device)().clone()
     for kind, dtype in DTYPES.items():
         if kind == "tf32" and device.type != "cuda":
             continue
-        torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+        set_tf32(kind == "tf32")
+        own = copy.deepcopy(model)  # moving to a dtype rounds the weights: none is to have those of another
         for form in (None, *FORMS) if amm else (None,):
-            set_form(model, form)
+            set_form(own, form)
             row = {"network": network, "pixels": pixels, "dtype": kind, "amm": (form or "automatic") if amm else "off"}
             try:
                 with compare.watching_forms() as forms:
-                    out = compare.pass_of(model, 2, dtype, device)()
+                    out = compare.pass_of(own, 2, dtype, device)()
                 error = relative_rms(out, exact)
                 yield {**row, "forms": dict(forms), "error": error, "within": error <= BOUNDS[kind]}
             except Exception as problem:  # a form may be absent on this device
                 yield {**row, "unavailable": failure(problem)}
-    torch.set_float32_matmul_precision("highest")
+    set_tf32(False)
 
 
 def spread_biases(model: Any) -> None:
@@ -290,7 +299,7 @@ def throughput(options: argparse.Namespace, device: torch.device, deadline: Dead
         if deadline.left() < (90 if compiled else 20) and not options.tiny:
             left_out.append(label)
             continue
-        torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+        set_tf32(kind == "tf32")
         measured = forward_rates if what == "forward" else training_rates
         common = {"what": what, "size": size, "dtype": kind, "compiled": compiled, "batch": batch}
         try:
@@ -300,7 +309,7 @@ def throughput(options: argparse.Namespace, device: torch.device, deadline: Dead
         except Exception as error:
             rows.append({**common, "unavailable": failure(error)})
         release(device)
-    torch.set_float32_matmul_precision("highest")
+    set_tf32(False)
     peaks = {kind: measured_matmul_peak(device, DTYPES[kind]) / 1e12 for kind in ("bf16", "fp32")}
     return {"matmul_peak_tflops": peaks, "rows": rows, LEFT_OUT: left_out}
 
@@ -462,7 +471,10 @@ def training(options: argparse.Namespace, device: torch.device, deadline: Deadli
         ceiling=test,
         batch=None if device.type != "cuda" else 500,
     )
-    with stopped_after(deadline.left() - 20):
+    left = deadline.left() - 20
+    if left < LEAST_SECONDS:
+        raise UserError(f"{max(left, 0):.0f} s of --budget are left: too few to go on with the training; name it alone")
+    with stopped_after(left):
         results = run_matrix(matrix, work / "runs", processes=1)
     told: dict[str, Any] = {
         "seconds": options.seconds, "seeds": options.seeds, "images": options.images, "batch": options.train_batch,
@@ -607,8 +619,17 @@ def merged(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def write(results: Mapping[str, Any], out: Path) -> None:
     make_folder(out)
     stem = f"gpu_{results['name']}_{results['date']}"
-    atomic_write_json(out / f"{stem}.json", json.loads(json.dumps(results)))
+    atomic_write_json(out / f"{stem}.json", finite(json.loads(json.dumps(results))))
     atomic_write_text(out / f"{stem}.md", page(results))
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None for what JSON has no form for."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def page(results: Mapping[str, Any]) -> str:

@@ -43,8 +43,9 @@ class SamplesConfig(BaseModel):
 
     Attributes:
         scheduler: null is "ddim", or "euler" for flow matching.
-        attention_modulation: "auto" makes them twice, without AMM and with it (the published placement, or the middle
-            block of each decoder stage); "off" once, without; "saved" once, as the model's configuration says.
+        attention_modulation: "auto" makes them twice, without AMM and with it (the published placement, or one at like
+            places: `suggested_modulation` of the backbones); "off" once, without; "saved" once, as the model's
+            configuration says.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -121,6 +122,13 @@ class RunConfig(BaseModel):
         known = [name for name in signature(backbone.__init__).parameters if name != "self"]
         for key in model:
             if key not in (*known, "name", "size"):
+                owners = [name for name, kind in BACKBONES.items() if key in signature(kind.__init__).parameters]
+                if owners and key != "self":
+                    name = model["name"]
+                    raise UserError(
+                        f"model.{key} is a setting of {' and '.join(owners)}, not of {name}: leave it out; all of the "
+                        f"model is replaced by model='{{name: {name}, size: S}}'"
+                    )
                 guess = nearest(key, known)
                 hint = f" (did you mean 'model.{guess}'?)" if guess else ""
                 raise UserError(f"unknown key 'model.{key}' in the configuration{hint}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_trainer import assert_same_run, final_state, trainer_in, weights
 
+from edt_diffusion.config import parse_config
 from edt_diffusion.training.state import CheckpointStore
 from edt_diffusion.util.errors import UserError
 
@@ -114,3 +115,17 @@ def test_micro_batches_and_joint_passes_make_the_same_step(tmp_path, kind):
     assert len(one) == len(list(begun(tmp_path / "new", kind).network.parameters()))
     for other in (after("cut", micro_batches=2), after("joint", joint_passes=True)):
         assert max(float((other[name] - one[name]).abs().max()) for name in one) <= 1e-6 * largest
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"name": "DiT", "depths": [1, 1, 1]}, "model.depths is a setting of EDT, not of DiT: leave it out"),
+        ({"name": "EDT", "depth": 4}, "model.depth is a setting of DiT and MDTv2, not of EDT"),
+        ({"name": "DiT", "decode_layers": 2}, "model='{name: DiT, size: S}'"),
+        ({"name": "DiT", "dept": 2}, "unknown key 'model.dept' in the configuration .did you mean 'model.depth'"),
+    ],
+)
+def test_settings_of_another_backbone(model, said):
+    with pytest.raises(UserError, match=said):
+        parse_config({"model": model})

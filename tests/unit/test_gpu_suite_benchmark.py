@@ -101,6 +101,32 @@ def test_parity_finds_precisions_and_what_is_wrong(suite, monkeypatch):
     assert not wrong["within"]
 
 
+def test_every_precision_is_that_of_the_same_weights(suite, monkeypatch):
+    """Weights that bfloat16 has rounded would show in the error of float16, whichever comes first."""
+    found = []
+    for order in (("fp16", "bf16"), ("bf16", "fp16")):
+        monkeypatch.setattr(suite, "DTYPES", {kind: getattr(torch, {"fp16": "float16", "bf16": "bfloat16"}[kind])
+                                              for kind in order})  # fmt: skip
+        found.append({row["dtype"]: row["error"] for row in suite.errors_of("dit", "tiny", 128, False, CPU)})
+    assert found[0] == found[1]
+
+
+def test_what_is_not_finite_is_written_and_does_not_end_the_call(suite, tmp_path):
+    row = {"network": "edt", "pixels": 256, "dtype": "fp16", "amm": "off", "error": float("inf"), "within": False}
+    parity = {"bounds": suite.BOUNDS, "within": False, "largest": {"fp16": float("inf")}, "rows": [row]}
+    machine = {"torch": "", "cpu": "", "cores": 2, "device": "cpu"}
+    suite.write({"name": "h", "date": "1", "machine": machine, "parts": {"parity": parity}}, tmp_path)
+    told = json.loads((tmp_path / "gpu_h_1.json").read_text())["parts"]["parity"]
+    assert (told["rows"][0]["error"], told["largest"]["fp16"]) == (None, None)
+    assert "| edt | 256 | fp16 | off | inf | beyond the bound |" in (tmp_path / "gpu_h_1.md").read_text()
+
+
+def test_no_training_is_begun_that_could_not_be_stopped_in_order(suite, tmp_path):
+    given = options(suite, "--data", "pictures", "--extractor", "net.ts", "--out", str(tmp_path))
+    with pytest.raises(UserError, match="0 s of --budget are left"):
+        suite.training(given, CPU, suite.Deadline(1))
+
+
 def test_the_budget_leaves_out_what_it_names(suite):
     deadline = suite.Deadline(5.0, now=iter([0.0, *[1.0] * 100]).__next__)
     found = suite.parity(options(suite), CPU, deadline)

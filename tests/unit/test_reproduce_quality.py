@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from edt_diffusion.config import load_config
@@ -14,11 +15,12 @@ from edt_diffusion.nn.modulation import AttentionModulation
 from edt_diffusion.studies.matrix import Budget, Matrix, Results
 from edt_diffusion.studies.matrix.folder import MatrixFolder, Run
 from edt_diffusion.studies.reproduce import TABLES, Request, default_folder, find_table, quality, reproduce
-from edt_diffusion.studies.reproduce.base import choose_base
+from edt_diffusion.studies.reproduce.base import Base, Pictures, choose_base
 from edt_diffusion.studies.reproduce.losses import fall_together, windows
 from edt_diffusion.studies.reproduce.matching import matched, parameters_used
 from edt_diffusion.studies.reproduce.page import Column, Interval
 from edt_diffusion.studies.reproduce.quality_tables import STUDIES
+from edt_diffusion.studies.reproduce.study import settled
 from edt_diffusion.util.errors import UserError
 
 # Student's t at 97.5 % with two degrees of freedom.
@@ -266,7 +268,7 @@ def test_differences_are_taken_seed_by_seed(engine, pictures, tmp_path):
     assert "difference" not in rows["AMM off"]
     found = rows["every second block of the decoder"]["difference"]
     assert (found.value, found.low, found.high) == pytest.approx((3.0, 3.0, 3.0))
-    assert page.grids[0].columns[-1].title == "difference to EDT, AMM off"
+    assert page.grids[0].columns[-1].title == "label of fid, difference to EDT, AMM off"
 
 
 def test_published_scores_stand_beside_the_papers_own_size_only(pictures, tmp_path):
@@ -276,12 +278,56 @@ def test_published_scores_stand_beside_the_papers_own_size_only(pictures, tmp_pa
     assert layout._published(study, base) == {}
     paper = types.SimpleNamespace(published=True, size="S")
     cells = layout._published(study, paper)
-    assert list(cells) == [("edt", "plain")]
-    assert (cells["edt", "plain"]["fid"].value, cells["edt", "plain"]["is"].value) == (34.27, 42.6)
+    assert list(cells) == [("edt", "on")]
+    assert (cells["edt", "on"]["fid"].value, cells["edt", "on"]["is"].value) == (34.27, 42.6)
     guided = layout._published(STUDIES["table13"], types.SimpleNamespace(published=True, size="XL"))
     assert guided["edt", "guided-2"]["fid"].value == 3.54
     others = [name for name in STUDIES if name not in ("table1", "table13")]
     assert all(not STUDIES[name].published for name in others)
+
+
+def test_published_values_are_of_256_pixels_and_the_authors_formula_goes_with_their_blocks():
+    def of(side):
+        settings = {"data.path": "store", "data.size": side, "model": {"patch_size": 2}}
+        pictures = Pictures("store", True, side, 4, 8, 1000)
+        return Base("edt-s-256", settings, pictures, "S", side, {"size": "S"})
+
+    assert (of(256).published, of(512).published) == (True, False)
+    placed = {side: settled(STUDIES["table8"].variants[1].sampling, of(side)) for side in (256, 512)}
+    assert placed == {256: {"amm": "7+10"}, 512: {"amm": "10:formula=cos"}}
+    radius = settled(STUDIES["table10"].variants[1].sampling, of(512))
+    assert radius == {"amm": "10:formula=cos+radius=0.6R"}
+
+
+def test_blocks_that_cannot_be_modulated_or_are_not_asked_for_are_told(engine, pictures, tmp_path):
+    with pytest.raises(UserError, match="block 4 is none of those whose token grid is at least 3x3, 0, 1, 2, 3, 6"):
+        reproduce(request_of("table9", pictures, tmp_path, amm_blocks="4+7"))
+    with pytest.raises(UserError, match="--amm-blocks 7: table3 does not place AMM by it"):
+        reproduce(request_of("table3", pictures, tmp_path, amm_blocks="7"))
+    assert engine.matrices == []
+
+
+def test_a_page_says_what_is_off_and_enlarged_and_goes_without_speeds_that_do_not_fit(
+    engine, pictures, tmp_path, monkeypatch
+):
+    tried = []
+
+    def compare(configs, reference, batch, device):
+        tried.append(batch)
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(quality, "compare", compare)
+    page = reproduce(request_of("table2", pictures, tmp_path))
+    assert tried == [16, 8, 4, 2, 1]
+    assert "Speeds are not there: the arms do not fit" in page.notes[-1]
+    differs = "\n".join(page.differs)
+    assert "Pictures are enlarged from 16 pixels." in differs
+    assert "AMM: off in all samples" in differs
+    assert "Recipe: loss, optimizer and schedule are the same for all networks" in differs
+    placed = "\n".join(reproduce(request_of("table8", pictures, tmp_path)).differs)
+    assert "enlarged" not in placed
+    assert "AMM: off" not in placed
+    assert "Recipe" not in placed
 
 
 def test_running_again_asks_for_the_same_and_figure9_shares_table9(engine, pictures, tmp_path):

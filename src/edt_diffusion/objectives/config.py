@@ -19,7 +19,7 @@ class MaskConfig(BaseModel):
     """Shares of hidden tokens as (low, high), by default the authors' for S and B. XL adds stage0 (0.15, 0.25).
 
     `input` is the share left out at the input, as MDTv2 is trained (0.3, 0.5); for EDT it needs
-    `model.side_interpolater: true`, and usually `down: []`.
+    `model.side_interpolater: true`. Where it is given alone, `down` is empty.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -27,6 +27,14 @@ class MaskConfig(BaseModel):
     down: tuple[Share, ...] = ((0.4, 0.5), (0.1, 0.2))
     stage0: Share | None = None
     input: Share | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:
+        """Who names a share of the input alone means no other mask."""
+        if isinstance(value, dict) and value.get("input") is not None and "down" not in value:
+            return {**value, "down": ()}
+        return value
 
     @model_validator(mode="after")
     def _in_range(self) -> "MaskConfig":

@@ -32,11 +32,12 @@ def draw_matrices(grids: Sequence[tuple[int, int]], setting: AttentionModulation
             seen = matrix[token].view(height, width)
             panels.append((seen, f"M seen from the {name}", {"vmin": 0, "vmax": most}))
         panels.append((matrix > 0, f"pairs kept: {float((matrix > 0).double().mean()):.1%}", {"cmap": "gray"}))
-        panels.append((matrix.mean(dim=1).view(height, width), "gain under uniform attention", {"cmap": "magma"}))
+        panels.append((matrix.mean(dim=1).view(height, width), "gain, uniform attention", {"cmap": "magma"}))
         for axis, (values, title, options) in zip(row, panels, strict=True):
             image = axis.imshow(values.numpy(), interpolation="nearest", **options)
             axis.set_title(title, fontsize=9)
             axis.tick_params(labelsize=7)
+            axis.locator_params(integer=True)
             if values.dtype.is_floating_point:
                 figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
         row[0].set_ylabel(f"{height}x{width} tokens")

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from ..objectives import MaskedTraining
+from ..util.errors import UserError
 from ..util.files import remove_temporaries
 from ..util.hardware import memory_name
 from .config import TrainConfig
@@ -150,6 +151,11 @@ class Trainer:
             self.step, self._seconds = numbers["step"], numbers["seconds"]
             if self.pace is not None:
                 self.pace.load(numbers.get("pace"))
+            elif numbers.get("pace") is not None:
+                raise UserError(
+                    f"{self.saving.folder} holds a run with a budget, of a matrix: go on with it by the command that "
+                    "began it"
+                )
 
     def fit(self) -> bool:
         """Train from the step reached (see `restore`) to the last one.

@@ -102,7 +102,7 @@ def decide(
     if worst is not None and worst < -least:
         return best, f"on fresh seeds all of the interval of the difference is better than off{share}"
     if worst is not None and worst < 0:
-        return None, f"on fresh seeds it is better than off, but not all of the interval{share}"
+        return None, f"on fresh seeds the best candidate is better than off, but not all of the interval{share}"
     return None, "on fresh seeds the interval of the difference is not all better than off"
 
 

@@ -48,7 +48,12 @@ def conclusion(answer: dict[str, Any]) -> str:
         f"{_interval(best, 'difference')} over {answer['confirmation']['pictures']} fresh pictures each"
     )
     if found["setting"] is None:
-        return f"AMM off is best: {found['why']} ({numbers})"
+        lower = answer["metric"]["lower_is_better"]
+        worst = (
+            best["difference_high"] if lower else None if best["difference_low"] is None else -best["difference_low"]
+        )
+        said = "AMM stays off" if worst is not None and worst < 0 else "AMM off is best"
+        return f"{said}: {found['why']} ({numbers})"
     return f"found {found['words']}: {numbers}"
 
 

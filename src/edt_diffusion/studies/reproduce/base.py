@@ -121,8 +121,8 @@ class Base:
 
     @property
     def published(self) -> bool:
-        """Whether the networks are of a published size on the latents of 256 or 512 pixels."""
-        return self.size in PUBLISHED_SIZES and self.pictures.latents and self.side in (256, 512)
+        """Whether the networks are of a published size on the latents of 256 pixels, as published values are."""
+        return self.size in PUBLISHED_SIZES and self.pictures.latents and self.side == 256
 
     @property
     def input_side(self) -> int:
@@ -166,17 +166,28 @@ class Base:
         """Where attention modulation acts in EDT: what was asked for, the published placement, or that suggested.
 
         Raises:
-            UserError: blocks of another form, or no placement for this layout.
+            UserError: blocks of another form or that cannot be modulated, or no placement for this layout.
         """
         if self.amm_blocks:
             try:
-                return AttentionModulation(tuple(int(b) for b in self.amm_blocks.replace(",", "+").split("+")))
+                asked = AttentionModulation(tuple(int(b) for b in self.amm_blocks.replace(",", "+").split("+")))
             except ValueError:
                 raise UserError(f"--amm-blocks {self.amm_blocks}: expected block numbers such as 7+10") from None
+            fitting = self.modulated_blocks()
+            if stray := [block for block in asked.blocks if block not in fitting]:
+                raise UserError(
+                    f"--amm-blocks {self.amm_blocks}: block {stray[0]} is none of those whose token grid is at least "
+                    f"3x3, {', '.join(map(str, fitting))}"
+                )
+            return asked
         found = self.network("EDT").suggested_modulation(guidance)
         if found is None:
             raise UserError("no placement of attention modulation is known for this layout: give --amm-blocks")
         return found
+
+    def modulated_blocks(self) -> list[int]:
+        """Blocks of EDT whose grids are large enough for attention modulation."""
+        return [number for number, (_, grid) in enumerate(self.network("EDT").attention_layers()) if min(grid) >= 3]
 
     def amm_words(self) -> str:
         """That placement, and where it comes from."""

@@ -17,7 +17,7 @@ _COLUMNS = 8
 
 
 def draw_bars(rows: Sequence[tuple[str, Interval]], label: str, out: Path) -> Path:
-    """A bar with its interval for each row, the first on top.
+    """A point with its interval for each row, the first on top; from zero on, differences would not be seen.
 
     Args:
         rows: names and values.
@@ -34,9 +34,9 @@ def draw_bars(rows: Sequence[tuple[str, Interval]], label: str, out: Path) -> Pa
         for place, (_, found) in enumerate(rows):
             known = found.low is not None and found.high is not None
             spread = [[found.value - (found.low or 0.0)], [(found.high or 0.0) - found.value]] if known else None
-            axes.barh(place, found.value, xerr=spread, color="tab:blue", alpha=0.75, capsize=3)
+            axes.errorbar(found.value, place, xerr=spread, color="tab:blue", fmt="o", capsize=3)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
         _save(figure, out)

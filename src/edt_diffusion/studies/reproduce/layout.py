@@ -24,7 +24,7 @@ def lay_out(
     else:
         grids.append(_score_grid(study, base, matrix, results, speeds))
     published = [cell for cells in _published(study, base).values() for cell in cells.values()]
-    sources = [sentence("Scores", *published)] if published else []
+    sources = [sentence(f"Scores of {study.published_of}", *published)] if published else []
     if speeds is not None and base.published and not study.doubled:
         sources.append(sentence("Speeds", TRAINING_SPEED[base.size], SAMPLING_SPEED[base.size]))
     notes = [*study.notes, *_about_arms(study, base), *_about_scores(study, matrix, results)]
@@ -91,7 +91,7 @@ def _score_grid(study: Study, base: Base, matrix: Matrix, results: Results, spee
         title = _title(matrix, study.baseline[0])
         variant = next(each.title for each in matrix.variants if each.name == study.baseline[1])
         words = f"{title}, {variant}" if variant and len(matrix.variants) > 1 else title
-        columns.append(Column("difference", f"difference to {words}"))
+        columns.append(Column("difference", f"{metric_title(results, 'fid')}, difference to {words}"))
     seeds = len(matrix.seeds)
     caption = f"{matrix.budget.words()} each, " + (f"means of {seeds} seeds" if seeds > 1 else "one seed")
     return Grid(columns, rows, caption)
@@ -106,6 +106,8 @@ def _loss_grid(matrix: Matrix, results: Results) -> Grid:
             names = ("full_end", "masked_end", "full_fall", "masked_fall", "same_way", "correlation")
             found = {name: interval(Estimate.of({seed: told[name] for seed, told in seeds.items()})) for name in names}
             rows.append({"arm": arm.title, **found})
+        else:  # nothing is said of so few lines
+            rows.append({"arm": f"{arm.title} (fewer than {PARTS} lines logged)"})
     columns = [
         Column("arm", "model"),
         Column("full_end", "loss of the full input, last part"),
@@ -115,7 +117,9 @@ def _loss_grid(matrix: Matrix, results: Results) -> Grid:
         Column("same_way", "parts in which both move the same way", "{:.0%}"),
         Column("correlation", "correlation of the changes", "{:.2f}"),
     ]
-    caption = f"{matrix.budget.words()} each, {len(matrix.seeds)} seeds, the training in {PARTS} parts"
+    count = len(matrix.seeds)
+    seeds = f"{count} seeds" if count > 1 else "one seed"
+    caption = f"{matrix.budget.words()} each, {seeds}, the training in {PARTS} parts"
     return Grid(columns, rows, caption)
 
 
@@ -193,7 +197,21 @@ def _differences(study: Study, base: Base, matrix: Matrix, results: Results) -> 
             "equal iterations, as a budget in steps does here."
         )
     if base.size not in PUBLISHED_SIZES:
-        told.append("Networks: smaller than the paper's, matched to one another in parameters.")
+        told.append("Networks: not of the paper's sizes.")
+    if len({arm.backbone for arm in study.arms}) > 1:
+        if base.size not in PUBLISHED_SIZES:
+            told[-1] = "Networks: not of the paper's sizes, matched to one another in parameters."
+        told.append(
+            "Recipe: loss, optimizer and schedule are the same for all networks; the authors of DiT and MDTv2 train "
+            "with others."
+        )
+    if base.side > base.pictures.side:
+        told.append(f"Pictures are enlarged from {base.pictures.side} pixels.")
+    if study.doubled and base.pictures.store and base.side != 512:
+        told.append(f"Resolution: that of the store, {base.side} pixels, and not twice another one.")
+    sampled = [str(variant.sampling.get("amm", "saved")) for variant in matrix.variants]
+    if study.metrics and set(sampled) == {"saved"} and not config.model.get("attention_modulation"):
+        told.append("AMM: off in all samples; the authors' released code has it on in EDT (see table 3).")
     if study.metrics:
         sampling = matrix.variants[0].setting()
         told.append(

@@ -9,7 +9,7 @@ PARTS = 12  # of a training
 
 
 def fall_together(lines: Mapping[str, list[float]]) -> dict[str, float] | None:
-    """What the logged losses of a run say of its two passes; None if they are too few.
+    """What the logged losses of a run say of its two passes; None if there are fewer lines than parts.
 
     Args:
         lines: "step", "full" and "masked", as `Results.losses` gives them.
@@ -22,7 +22,7 @@ def fall_together(lines: Mapping[str, list[float]]) -> dict[str, float] | None:
     if not {"full", "masked"} <= set(lines):
         return None
     full, masked = (np.array(windows(lines["step"], lines[name], PARTS)[1]) for name in ("full", "masked"))
-    if len(full) < 4 or len(masked) != len(full):
+    if len(full) < PARTS or len(masked) != len(full):
         return None
     a, b = np.diff(full[1:]), np.diff(masked[1:])
     spread = float(a.std() * b.std())

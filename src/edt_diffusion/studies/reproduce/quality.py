@@ -100,18 +100,28 @@ def reproduce_study(name: str, study: Study, request: Request) -> Page:
     first = choose_base(request, *effort(budget, 64), doubled=study.doubled)
     base = choose_base(request, *effort(budget, first.config().train.batch_size), doubled=study.doubled)
     matrix = build_matrix(study, base, request, budget)
+    if request.amm_blocks and not study.places_amm():
+        raise UserError(f"--amm-blocks {request.amm_blocks}: {name} does not place AMM by it: leave it out")
     make_folder(request.out)
     results = run_matrix(matrix, request.out / MATRIX, request.processes, request.threads, request.quiet)
-    speeds = None
+    speeds, untimed = None, []
     if study.speed and not results.stopped:
-        speeds = measured_speeds(study, base, matrix, request)
+        try:
+            speeds = measured_speeds(study, base, matrix, request)
+        except torch.OutOfMemoryError:
+            untimed = ["Speeds are not there: the arms do not fit into this device's memory beside one another."]
     page = lay_out(name, study, base, matrix, results, speeds)
+    page.notes = [*page.notes, *untimed]
     page.figure = draw(study, base, matrix, results, request.out)
     return page
 
 
 def measured_speeds(study: Study, base: Base, matrix: Matrix, request: Request) -> Speeds:
-    """The speeds of the arms on this machine; those that were measured before for the same arms and device."""
+    """The speeds of the arms on this machine; those that were measured before for the same arms and device.
+
+    Raises:
+        torch.OutOfMemoryError: not even one picture of each arm fits.
+    """
     device = device_for(request.device)
     configs = {}
     told = {
@@ -121,7 +131,7 @@ def measured_speeds(study: Study, base: Base, matrix: Matrix, request: Request) 
         settings = {**arm.settings, **{f"model.{name}": value for name, value in told.items()}}
         configs[arm.name] = base.config(settings)
     question = {
-        "device": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "configs": {name: config.model_dump(mode="json") for name, config in configs.items()},
     }
     question = json.loads(json.dumps(question))
@@ -131,7 +141,16 @@ def measured_speeds(study: Study, base: Base, matrix: Matrix, request: Request) 
         if kept.get("question") == question:
             return Speeds.of_facts(kept["speeds"])
     batch = min(base.config().train.batch_size, 64 if device.type == "cuda" else 16)
-    speeds = compare(configs, study.reference(), batch, device)
+    speeds = None
+    while speeds is None:
+        try:
+            speeds = compare(configs, study.reference(), batch, device)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     atomic_write_json(path, {"question": question, "speeds": speeds.facts()})
     return speeds
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...models.masking import INPUT_MASKS
+from ...nn.modulation import AttentionModulation
 from .base import Base
 from .published import FID, GUIDED_FID, GUIDED_INCEPTION_SCORE, INCEPTION_SCORE, Published
 from .study import ALL_METRICS, PLAIN, ArmOf, Study, VariantOf
@@ -29,15 +30,19 @@ _MDT = ArmOf("mdt", "MDTv2", "MDTv2")
 
 
 def _amm_sampling(base: Base) -> Mapping[str, Any]:
-    return {"amm": _blocks(base.modulation().blocks)}
+    return {"amm": _words(base.modulation())}
 
 
 def _amm_setting(base: Base) -> Mapping[str, Any]:
     return {"objective.train_with_amm": True, "model.attention_modulation": base.modulation().to_config()}
 
 
-def _blocks(blocks: tuple[int, ...]) -> str:
-    return "+".join(map(str, blocks))
+def _words(setting: AttentionModulation, radius: str | None = None) -> str:
+    """A modulation as `edt sample --amm` takes it, with another radius if one is given."""
+    radius = radius if radius is not None else None if setting.radius is None else str(setting.radius)
+    told = [] if setting.formula == AttentionModulation.formula else [f"formula={setting.formula}"]
+    told += [] if radius is None else [f"radius={radius}"]
+    return "+".join(map(str, setting.blocks)) + (":" + "+".join(told) if told else "")
 
 
 _OFF = VariantOf("off", "AMM off", {"amm": "off"})
@@ -50,12 +55,11 @@ def _placed(choose: Callable[[list[int], list[int]], list[int]]) -> Callable[[Ba
 
     def sampling(base: Base) -> Mapping[str, Any]:
         network = base.network("EDT")
-        depths, layers = network.stage_depths, network.attention_layers()
-        fitting = [number for number, (_, grid) in enumerate(layers) if min(grid) >= 3]
+        depths, fitting = network.stage_depths, base.modulated_blocks()
         half = sum(depths[: len(depths) // 2])
         decoder = sum(depths[: len(depths) // 2 + 1])
         chosen = choose([b for b in fitting if b < half], [b for b in fitting if b >= decoder])
-        return {"amm": _blocks(tuple(chosen))}
+        return {"amm": _words(AttentionModulation(tuple(chosen), base.modulation().formula))}
 
     return sampling
 
@@ -79,7 +83,7 @@ _RADII = ("0.6R", "0.8R", "1R", "1.2R", "1.5R")
 
 
 def _radius(radius: str) -> Callable[[Base], Mapping[str, Any]]:
-    return lambda base: {"amm": f"{_blocks(base.modulation().blocks)}:radius={radius}"}
+    return lambda base: {"amm": _words(base.modulation(), radius)}
 
 
 def _range(low: float, high: float) -> str:
@@ -95,7 +99,7 @@ _SECOND = tuple((low / 10, (low + 1) / 10) for low in range(1, 5))
 _FIXED_FIRST = (0.4, 0.5)
 
 _UNGUIDED: dict[tuple[str, str, str], dict[str, Published]] = {
-    ("edt", "plain", size): {"fid": FID[size, 400], "is": INCEPTION_SCORE[size, 400]} for size in ("S", "B", "XL")
+    ("edt", "on", size): {"fid": FID[size, 400], "is": INCEPTION_SCORE[size, 400]} for size in ("S", "B", "XL")
 }
 _GUIDED: dict[tuple[str, str, str], dict[str, Published]] = {
     ("edt", "guided-2", "XL"): {"fid": GUIDED_FID["XL", 2000], "is": GUIDED_INCEPTION_SCORE["XL", 2000]}
@@ -105,10 +109,11 @@ STUDIES: dict[str, Study] = {
     "table1": Study(
         "EDT, EDT* (no masked training), DiT and MDTv2 without guidance",
         (_EDT, _EDT_STAR, _DIT, _MDT),
-        baseline=("mdt", "plain"),
+        (_OFF, _OWN),
+        baseline=("mdt", "off"),
         published=_UNGUIDED,
         speed=True,
-        notes=("The published value is that of EDT at 400 thousand iterations.",),
+        published_of="EDT at 400 thousand iterations",
     ),
     "table2": Study(
         "the same at twice the resolution",
@@ -203,7 +208,7 @@ STUDIES: dict[str, Study] = {
         ),
         published=_GUIDED,
         differs=("Each model is sampled with each guidance, not with its own only.",),
-        notes=("The published value is that of EDT-XL at 2000 thousand iterations.",),
+        published_of="EDT-XL at 2000 thousand iterations",
         figure="bars",
     ),
     "table14": Study(

@@ -63,13 +63,14 @@ class Study:
         metrics: columns, as far as the extractor has them.
         points: shares of the budget at which there is a row.
         baseline: arm and variant that the others are compared with, seed by seed; None compares none.
-        published: (arm, size) -> metric -> the paper's value, for its resolution.
+        published: (arm, variant, size) -> metric -> the paper's value, for 256 pixels.
+        published_of: what these values are of, said where they are shown.
         differs: in what this differs from the paper's by design, a sentence each.
         notes: a sentence each.
         speed: whether training steps and forward passes are timed side by side.
         doubled: whether pictures have twice the usual side.
-        figure: a name of `drawing.DRAWINGS`, or None.
-        single: one seed is enough, and nothing is scored.
+        figure: "bars", "curves", "pictures" or "losses"; None is bars.
+        single: one seed is enough, and no score is shown.
     """
 
     title: str
@@ -79,12 +80,17 @@ class Study:
     points: tuple[float, ...] = (1.0,)
     baseline: tuple[str, str] | None = None
     published: Mapping[tuple[str, str, str], Mapping[str, Published]] = field(default_factory=dict)
+    published_of: str = ""
     differs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     speed: bool = False
     doubled: bool = False
     figure: str | None = None
     single: bool = False
+
+    def places_amm(self) -> bool:
+        """Whether an arm or a variant modulates the blocks that the base names."""
+        return any(callable(each) for each in (*(a.settings for a in self.arms), *(v.sampling for v in self.variants)))
 
     def reference(self) -> str:
         """The arm that speeds are compared with."""

@@ -106,7 +106,8 @@ def listing() -> list[str]:
     lines = []
     for name, table in TABLES.items():
         count = table.cost.removesuffix(f" {_TRAINS}")
-        cost = "seconds" if not table.trains else f"{count} x seeds x budget"
+        seeds = "" if name in STUDIES and STUDIES[name].single else " x seeds"
+        cost = "seconds" if not table.trains else f"{count}{seeds} x budget"
         lines.append(f"{name:<9} {cost:<19} {table.title}")
     return lines
 
