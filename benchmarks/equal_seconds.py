@@ -34,6 +34,7 @@ HERE = Path(__file__).parent
 SAMPLING = {"scheduler": "ddim", "steps": 18, "guidance": 1.0}
 POINTS = (0.25, 0.5, 1.0)
 METRICS = ("fid", "is", "kid")
+DRAWN = {"fid": "Fréchet distance of features", "kid": "kernel distance of features (KID)"}
 
 EDT = {
     "name": "EDT", "patch_size": 2, "depths": [2, 2, 2, 3, 3], "dims": [72, 96, 120, 96, 72],
@@ -106,7 +107,10 @@ def tried_rates(options: argparse.Namespace, names: list[str]) -> dict[str, Any]
         for arm in ARMS if arm.name in trained for rate in rates
     ]  # fmt: skip
     asked = matrix(options, arms, options.trial, 1, images=min(options.images, 1000), metrics=("fid",))
-    found = run_matrix(asked, options.work / "rates", options.processes, options.threads)
+    if options.report:
+        found = Results.read(options.work / "rates", asked)
+    else:
+        found = run_matrix(asked, options.work / "rates", options.processes, options.threads)
     if not found.complete:
         raise UserError(f"the trial of rates is not complete: run again ({found.failed or 'stopped'})")
     distances: dict[str, dict[str, float]] = {}
@@ -130,7 +134,10 @@ def main() -> None:
     asked = matrix(
         options, arms, options.budget, options.seeds, points=POINTS, images=options.images, metrics=METRICS
     )  # fmt: skip
-    results = run_matrix(asked, options.work / "runs", options.processes, options.threads)
+    if options.report:
+        results = Results.read(options.work / "runs", asked)
+    else:
+        results = run_matrix(asked, options.work / "runs", options.processes, options.threads)
     write(results, trial, options)
     if not results.complete:
         print(f"{len(results.missing)} cells are missing: run again to go on", file=sys.stderr)
@@ -145,20 +152,29 @@ def write(results: Results, trial: dict[str, Any] | None, options: argparse.Name
         **told, "rate_trial": trial, "rate": options.lr if trial is None else trial["chosen"],
         "machine": machine(), "command": command(options),
     }  # fmt: skip
-    atomic_write_json(options.out / "equal_seconds.json", json.loads(json.dumps(told)))
+    atomic_write_json(options.out / "equal_seconds.json", without_folders(json.loads(json.dumps(told))))
     atomic_write_text(options.out / "equal_seconds.md", page(results, trial, options))
-    groups = [name for name in options.only.split(",") if any(results.mean(arm) for arm in GROUPS[name])]
-    if not groups:
+    scored = {name: [arm for arm in GROUPS[name] if results.mean(arm)] for name in options.only.split(",")}
+    panels = [(name, metric) for name, arms in scored.items() if len(arms) > 1 for metric in DRAWN]
+    if not panels:
         return
-    figure, pyplot = new_figure(len(groups))
+    figure, pyplot = new_figure(len(panels))
     try:
-        for axes, name in zip(figure.axes, groups, strict=True):
-            there = [arm for arm in GROUPS[name] if arm in {arm.name for arm in results.matrix.arms}]
-            draw_curves(axes, results, "fid", there, label="Fréchet distance (32 px ResNet-56 features)")
+        for axes, (name, metric) in zip(figure.axes, panels, strict=True):
+            draw_curves(axes, results, metric, scored[name], label=DRAWN[metric])
             axes.set_title(TITLES[name])
         save_figure(figure, options.out / "equal_seconds.png")
     finally:
         pyplot.close(figure)
+
+
+def without_folders(told: Any) -> Any:
+    """The same without the folders that files lie in."""
+    if isinstance(told, dict):
+        return {name: without_folders(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [without_folders(value) for value in told]
+    return Path(told).name if isinstance(told, str) and Path(told).is_absolute() else told
 
 
 def page(results: Results, trial: dict[str, Any] | None, options: argparse.Namespace) -> str:
@@ -192,6 +208,22 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
         )  # fmt: skip
         lines[-1] += " | ".join([*cells, against]) + " |"
     lines += ["", f"Held-out real pictures: {ceiling['value']:.3f}." if ceiling else "No ceiling was measured."]
+    lines += [
+        "",
+        "The same samples by other measures, at the end: kernel distance (lower is better; the number of samples does "
+        "not bias it) and class score (higher is better).",
+        "",
+        "| arm | kernel distance | difference to EDT | class score |",
+        "|---|---|---|---|",
+    ]
+    for arm in asked.arms:
+        against = "" if arm.name == "edt" else text(results.difference(arm.name, "edt", "kid"), signed=True)
+        kernel, classes = (text(results.mean(arm.name, name)) for name in ("kid", "is"))
+        lines.append(f"| {arm.title} | {kernel} | {against} | {classes} |")
+    real = (results.ceiling or {}).get("metrics", {})
+    if "kid" in real and "is" in real:
+        lines.append(f"| held-out real pictures | {real['kid']['value']:.3f} | | {real['is']['value']:.3f} |")
+    lines.append("")
     if trial is None:
         lines.append(f"The rate of learning is {options.lr:g} for all.")
     else:
@@ -270,6 +302,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="for all, where no rates are tried")
     parser.add_argument("--rates", default="", help="try these for each backbone, such as 1e-3,2e-3,4e-3")
     parser.add_argument("--trial", default="90s-cpu", help="budget of each trial of a rate")
+    parser.add_argument("--report", action="store_true", help="train nothing: tell what is in --work")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or no (float32)")
     options = parser.parse_args()
     unknown = [name for name in options.only.split(",") if name not in GROUPS]
