@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,13 +242,15 @@ def test_the_training_gives_each_network_the_same(suite, tmp_path, monkeypatch):
 
 
 def test_a_training_is_asked_to_stop_in_time(suite):
-    import time
-
-    with pytest.raises(KeyboardInterrupt), suite.stopped_after(0.05):
-        time.sleep(20)
-    with suite.stopped_after(0.2):
-        pass
-    time.sleep(0.4)  # over: nothing comes any more
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), suite.stopped_after(0.05):
+            time.sleep(20)
+        with suite.stopped_after(0.2):
+            pass
+        time.sleep(0.4)  # over: nothing comes any more
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_results_of_several_calls_are_joined(suite, tmp_path):
