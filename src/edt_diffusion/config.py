@@ -226,8 +226,10 @@ def settled(config: RunConfig, begun: RunConfig | None = None, validated: bool =
     first = begun or config
     decay_steps = config.optimizer.decay_steps or first.optimizer.decay_steps or first.train.steps
     objective = resolved(config.objective, None if begun is None else begun.objective)
-    masks = objective.masks or first.objective.masks or default_masks(config.model)
     passes = objective.passes or first.objective.passes or usual_passes(config.model)
+    masks = objective.masks or first.objective.masks or default_masks(config.model)
+    if passes == "full":
+        masks = None
     best = config.train.best_metric or ("val_loss" if validated else _measured(config))
     return config.model_copy(
         update={

@@ -65,6 +65,25 @@ def test_without_masked_passes_what_only_they_use_is_frozen(tmp_path, kind, opti
     assert resumed.fit()
 
 
+def test_a_run_that_goes_on_with_other_passes(tmp_path):
+    """What a run has saved it goes on with; what it never trained no later pass may use."""
+    both, full = {"objective": {"passes": "full+masked"}}, {"objective": {"passes": "full"}}
+    assert begun(tmp_path / "both", "MDTv2", train={"steps": 2}, **both).fit()
+    before = CheckpointStore(tmp_path / "both" / "checkpoints").load(2).tensors
+    assert begun(tmp_path / "both", "MDTv2", train={"steps": 3}, **full).fit()
+    after = CheckpointStore(tmp_path / "both" / "checkpoints").load(3).tensors
+    assert set(after["optimizer"]) == set(before["optimizer"])
+    unmoved = {name for name, value in before["model"].items() if torch.equal(value, after["model"][name])}
+    assert any("mask_token" in name for name in unmoved)
+    assert begun(tmp_path / "full", "MDTv2", train={"steps": 2}, **full).fit()
+    with pytest.raises(UserError, match=r"begun with objective.passes=full, which leaves .* untrained in MDTv2"):
+        begun(tmp_path / "full", "MDTv2", **both)
+    assert begun(tmp_path / "edt", "EDT with MDT's masks", train={"steps": 1}, **full).fit()
+    plain = {**MODELS["EDT with MDT's masks"], "side_interpolater": False}
+    for step, change in ((1, full), (2, both)):  # EDT itself has nothing that only masked passes use
+        assert trainer_in(tmp_path / "plain", model=plain, train={"steps": step}, **change).fit()
+
+
 @pytest.mark.parametrize(
     ("kind", "objective", "message"),
     [

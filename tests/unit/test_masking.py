@@ -91,6 +91,13 @@ def test_ranges_that_cannot_be(wrong):
         MaskConfig(down=(), input=wrong)
 
 
+def test_a_share_of_the_input_alone_means_no_other_mask():
+    assert MaskConfig.model_validate({"input": [0.3, 0.5]}).plan() == MaskPlan(down=(), input=(0.3, 0.5))
+    both = MaskConfig.model_validate({"input": [0.3, 0.5], "down": [[0.1, 0.2]]})
+    assert both.plan() == MaskPlan(down=((0.1, 0.2),), input=(0.3, 0.5))
+    assert MaskConfig.model_validate({"stage0": [0.3, 0.5]}).down == MaskPlan().down
+
+
 def test_what_is_usual_for_each_backbone():
     assert default_masks({"name": "MDTv2", "size": "S"}) == MaskConfig(down=(), input=(0.3, 0.5))
     assert default_masks({"side_interpolater": True, "size": "XL"}) == MaskConfig(down=(), input=INPUT_MASKS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edt_diffusion.cli.runs import runs as list_runs
 from edt_diffusion.training.curves import draw_curves
 from edt_diffusion.training.lock import RunLock
 from edt_diffusion.training.panels import RunLog, smoothed
@@ -57,6 +58,24 @@ def test_finished_is_what_has_its_last_step_saved_and_new_what_has_nothing(tmp_p
     assert describe_run(make_run(tmp_path / "a", last, checkpoints=(20, 40))).state == "finished"
     assert describe_run(make_run(tmp_path / "b", last, checkpoints=(20,))).state == "stopped"
     assert describe_run(make_run(tmp_path / "c")).state == "new"
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "saved", "state", "told"),
+    [
+        (10**9, 0.64, 30, "stopped", "30 (64% of its time)"),
+        (10**9, 1.00003, 30, "finished", "30 (100% of its time)"),
+        (10**9, 1.00003, 20, "stopped", "30 (100% of its time)"),  # its last step is not saved
+        (40, 0.75, 30, "stopped", "30/40"),
+    ],
+)
+def test_a_run_that_a_budget_ends(tmp_path, capsys, steps, share, saved, state, told):
+    config = CONFIG.replace("steps: 40", f"steps: {steps}")
+    lines = [{"step": 30, "loss": 1.0, "budget_share": share}]
+    run = describe_run(make_run(tmp_path / "a", lines, checkpoints=(saved,), config=config))
+    assert (run.state, run.steps, run.budget_share) == (state, None if steps == 10**9 else 40, share)
+    list_runs(tmp_path, sort="name", as_json=False)
+    assert told in capsys.readouterr().out
 
 
 def test_the_best_is_of_the_metric_that_the_run_is_judged_by(tmp_path):

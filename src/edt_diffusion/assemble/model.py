@@ -85,20 +85,28 @@ def build_model(config: RunConfig) -> Any:
         raise UserError(f"the model cannot be built: {error}{hint}") from None
 
 
-def check_masks(config: RunConfig, model: Any) -> None:
+def check_masks(config: RunConfig, model: Any, begun: RunConfig | None = None) -> None:
     """Refuse token masks that the network does not take; without a masked pass, freeze what only such passes use.
 
     Args:
         config: the run's settings, settled.
         model: the network they make.
+        begun: the settings of the run that is continued: what it trains is saved with it, and stays trainable.
     """
     masks, name = config.objective.masks, config.model.get("name", "EDT")
-    if config.objective.passes == "full":
-        unused = set(model.masked_only())
+    unused = set(model.masked_only())
+    if (begun or config).objective.passes == "full":
         for parameter_name, parameter in model.named_parameters():
             if parameter_name in unused:
                 parameter.requires_grad_(False)
+    if config.objective.passes == "full":
         return
+    if begun is not None and begun.objective.passes == "full" and unused:
+        raise UserError(
+            f"objective.passes={config.objective.passes}: the run was begun with objective.passes=full, which leaves "
+            f"what only masked passes use untrained in {name} (such as {min(unused)!r}): begin another run, with another "
+            "another --out; --finetune takes the weights over"
+        )
     assert masks is not None
     if not model.mask_grids:
         what = "without down-sampling" if name == "EDT" else ""

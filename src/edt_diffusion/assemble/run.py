@@ -103,12 +103,15 @@ def build_trainer(
     trained_on, held_out = during.split_for_validation(config, dataset)
 
     model = build_model(config)
+    idle_masks = begun is None and config.objective.masks is not None
     config = settled(config, begun, validated=held_out is not None)
-    check_masks(config, model)
+    check_masks(config, model, begun)
     told = finetuning.prepare(config, model, class_names, source)
     vae = open_codec(config, dataset)
     scaling = dataset.scaling if isinstance(dataset, LatentStore) else None
     told += finetuning.latent_lines(source, vae, scaling)
+    if idle_masks and config.objective.passes == "full":
+        told.append("objective.masks has no effect with objective.passes=full")
     objective = build_objective(config.objective, model.config.learn_sigma)
     prediction_type = OBJECTIVES[config.objective.name].prediction_type
     # Sampled with the density of times it was trained with.

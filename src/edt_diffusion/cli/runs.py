@@ -57,7 +57,7 @@ def _row(run) -> list[str]:
     return [
         run.name,
         "damaged" if run.problem else run.state,
-        f"{run.step}/{'?' if run.steps is None else run.steps}",
+        _step(run),
         _loss(run.loss),
         _loss(run.val_loss),
         "-" if run.best is None else f"{_loss(run.best.value)} @{run.best.step}",
@@ -67,6 +67,12 @@ def _row(run) -> list[str]:
         f"{_duration(max(time.time() - run.updated, 0))} ago",
         run.model or "-",
     ]
+
+
+def _step(run) -> str:
+    if run.steps is None and run.budget_share is not None:
+        return f"{run.step} ({min(run.budget_share, 1):.0%} of its time)"
+    return f"{run.step}/{'?' if run.steps is None else run.steps}"
 
 
 def _loss(value: float | None) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 from ..util.errors import UserError
 
+# `train.steps` of a run that a budget of seconds ends: it has no number of steps, and so many are never made.
+WITHOUT_END = 1_000_000_000
+
 
 def log_path(folder: Path) -> Path:
     """Where the run in `folder` logs."""

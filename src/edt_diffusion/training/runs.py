@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from ..util.errors import UserError
-from .lines import log_path, read_log
+from .lines import WITHOUT_END, log_path, read_log
 
 try:
     import fcntl
@@ -43,7 +43,8 @@ class RunSummary:
         state: "running" (a process holds its lock), "finished" (its last step is saved), "new" (nothing logged or
             saved) or "stopped".
         step: the last step logged or saved.
-        steps: that it is to make.
+        steps: that it is to make; None of a run that a budget of seconds ends.
+        budget_share: the share of a budget that was spent at the newest line of the log; None without a budget.
         loss: newest training loss.
         val_loss: newest validation loss.
         best: of `train.best_metric`, or else of val_loss.
@@ -62,6 +63,7 @@ class RunSummary:
     state: State
     step: int
     steps: int | None
+    budget_share: float | None
     loss: float | None
     val_loss: float | None
     best: Best | None
@@ -116,11 +118,13 @@ def describe_run(folder: Path, name: str | None = None) -> RunSummary:
     checkpoints = _checkpoints(folder)
     train = _group(config, "train")
     steps = _number(train.get("steps"))
+    steps = None if steps == WITHOUT_END else steps
+    share = _last(lines, "budget_share")
     logged = int(lines[-1]["step"]) if lines else 0
     saved = checkpoints[-1] if checkpoints else 0
     if locked(folder):
         state: State = "running"
-    elif steps is not None and saved >= steps:
+    elif (steps is not None and saved >= steps) or (share is not None and share >= 1 and saved >= logged):
         state = "finished"
     else:
         state = "stopped" if lines or checkpoints else "new"
@@ -130,6 +134,7 @@ def describe_run(folder: Path, name: str | None = None) -> RunSummary:
         state=state,
         step=max(logged, saved),
         steps=None if steps is None else int(steps),
+        budget_share=share,
         loss=_last(lines, "loss"),
         val_loss=_last(lines, "val_loss"),
         best=_best(lines, train),

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...training.config import OptimizerConfig
+from ...training.lines import WITHOUT_END
 from ...training.pace import Unit
 from ...util.durations import parse_duration
 from ...util.errors import UserError
 
 Kind = Literal["wall", "cpu", "steps", "images"]
 
-# A run that ends by the clock has no number of steps; so many are never made.
-_WITHOUT_END = 1_000_000_000
 _COUNT = re.compile(r"(\d+(?:_\d+)*)\s*(steps?|images?)")
 _CPU = re.compile(r"(.+?)[\s-]+cpu")
 _EXPECTED = (
@@ -66,7 +65,7 @@ class Budget:
     def steps(self, batch_size: int) -> int:
         """`train.steps` of a run."""
         if self.timed:
-            return _WITHOUT_END
+            return WITHOUT_END
         return int(self.amount) if self.kind == "steps" else -(-int(self.amount) // batch_size)
 
     def allowed(self, batch_size: int) -> float:
