@@ -104,8 +104,8 @@ def check_masks(config: RunConfig, model: Any, begun: RunConfig | None = None) -
     if begun is not None and begun.objective.passes == "full" and unused:
         raise UserError(
             f"objective.passes={config.objective.passes}: the run was begun with objective.passes=full, which leaves "
-            f"what only masked passes use untrained in {name} (such as {min(unused)!r}): begin another run, with another "
-            "another --out; --finetune takes the weights over"
+            f"what only masked passes use untrained in {name} (such as {min(unused)!r}): begin another run "
+            "in another --out; edt train --from takes the weights over"
         )
     assert masks is not None
     if not model.mask_grids:
