@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from forward import reset_peak
+from harness import hand_out, judged, make_parser, names, reset_peak, save
 from machine import machine
 from torch import Tensor, nn
 
@@ -80,9 +80,9 @@ SIZES = ("tiny", "S", "B", "L", "XL")
 COUNTED = ("S", "B", "XL")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {
-    "forward_mdtv2_s_over_edt_s": 2.2,
-    "forward_dit_s_over_edt_s": 1.9,
-    "train_mdtv2_s_over_edt_s": 2.1,
+    "forward_mdtv2_s_over_edt_s": (">=", 2.2),
+    "forward_dit_s_over_edt_s": (">=", 1.9),
+    "train_mdtv2_s_over_edt_s": (">=", 2.1),
 }
 # EDT over MDTv2 of the same size, as the paper has them (arXiv 2410.23788): training and sampling speed.
 PAPER = {"train": {"S": 3.93, "B": 2.84, "XL": 1.92}, "forward": {"S": 2.29, "B": 2.29, "XL": 2.22}}
@@ -115,31 +115,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     for part in (count, time_forward, time_training, measure_memory):
         part(results, arguments, device)
-        results["goals"] = goals(results) if device.type == "cpu" else {}
+        results["goals"] = judged(results, GOALS) if device.type == "cpu" else {}
         results["discussion"] = discussion(results)
-        if hasattr(os, "getloadavg"):
-            results["machine"]["load_average_after"] = round(os.getloadavg()[0], 2)
-        if arguments.json not in (None, "-"):  # after each part: the next ones take minutes
-            Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
-    if arguments.json == "-":
-        print(json.dumps(results, indent=2))
-    else:
-        tell(results)
+        save(results, arguments.json)
+    hand_out(results, arguments.json)
     return results
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            if stray := [name for name in chosen if name not in known]:
-                raise argparse.ArgumentTypeError(f"{stray[0]!r}: expected some of {', '.join(known)}")
-            return chosen
-
-        return parse
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", nargs="?", const="-", help="write the figures to this file, or to standard output")
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", type=names(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--sizes", type=names(SIZES), default=["S", "B"], help="sizes that are timed")
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
@@ -162,17 +146,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def clock_of(arguments: argparse.Namespace) -> Clock:
     return Clock(time.process_time) if arguments.clock == "cpu" else clock_for(torch.device(arguments.device))
-
-
-def tell(results: Mapping[str, Any], indent: str = "") -> None:
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            print(f"{indent}{name}")
-            tell(value, indent + "  ")
-        elif name == "discussion":
-            print("\n".join([f"{indent}{name}", *(f"{indent}  {line}" for line in value)]))
-        else:
-            print(f"{indent}{name:32} {value:.4g}" if isinstance(value, float) else f"{indent}{name:32} {value}")
 
 
 # The networks
@@ -508,8 +481,8 @@ def measure_memory(results: dict[str, Any], arguments: argparse.Namespace, devic
         return
     results["memory"] = {}
     for size in arguments.sizes:
-        for what, names in (("forward", NETWORKS), ("train", RECIPES)):
-            for name in names:
+        for what, timed in (("forward", NETWORKS), ("train", RECIPES)):
+            for name in timed:
                 wanted = {"what": what, "name": name, "size": size, "pixels": arguments.pixels}
                 wanted |= {"batch": arguments.batch if what == "forward" else arguments.train_batch}
                 wanted |= {"dtype": arguments.dtype, "device": arguments.device}
@@ -554,14 +527,6 @@ def memory_of(what: str, name: str, size: str, pixels: int, batch: int, dtype: s
 
 
 # What it says
-
-
-def goals(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: {"goal": f">= {bound}", "reached": results[name] >= bound}
-        for name, bound in GOALS.items()
-        if name in results
-    }
 
 
 def discussion(results: Mapping[str, Any]) -> list[str]:

@@ -26,22 +26,18 @@ Machines are shared: what is compared is timed in turn, a figure is the median o
 """
 
 import argparse
-import contextlib
 import copy
-import ctypes
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
+from harness import hand_out, judged, make_parser, names, quartiles, reset_peak, save, seconds_of
 from machine import machine
 from torch import Tensor, nn
 
@@ -95,38 +91,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         with torch.inference_mode():
             part(results, arguments, device)
         if device.type == "cpu" and arguments.size == "S":
-            goals = {name: goal for name, goal in GOALS.items() if name in results}
-            results["goals"] = {
-                name: {
-                    "goal": f"{sign} {bound}",
-                    "reached": results[name] >= bound if sign == ">=" else results[name] < bound,
-                }
-                for name, (sign, bound) in goals.items()
-            }
-        if hasattr(os, "getloadavg"):
-            results["machine"]["load_average_after"] = os.getloadavg()[0]
-        if arguments.json not in (None, "-"):  # after each part: the next ones take minutes
-            Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
-    if arguments.json == "-":
-        print(json.dumps(results, indent=2))
-    else:
-        tell(results)
+            results["goals"] = judged(results, GOALS)
+        save(results, arguments.json)
+    hand_out(results, arguments.json)
     return results
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            if stray := [name for name in chosen if name not in known]:
-                raise argparse.ArgumentTypeError(f"{stray[0]!r}: expected some of {', '.join(known)}")
-            return chosen
-
-        return parse
-
     sizes = ("tiny", *SIZES)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", nargs="?", const="-", help="write the figures to this file, or to standard output")
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--only", type=names(PARTS), help=f"some of {','.join(PARTS)} (default: all but gpu; on CUDA gpu)"
     )
@@ -144,29 +117,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def tell(results: dict[str, Any], indent: str = "") -> None:
-    for name, value in results.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}")
-            tell(value, indent + "  ")
-        else:
-            print(f"{indent}{name:28} {value:.4g}" if isinstance(value, float) else f"{indent}{name:28} {value}")
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock of a call with everything it has queued on the device."""
-
-    def wait() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
-
-
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call, timed in turn after one that is not counted, every other time in the opposite order."""
     for call in calls.values():
@@ -176,10 +126,6 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, device: torch
         for name in list(calls)[:: 1 if repeat % 2 == 0 else -1]:
             seconds[name].append(seconds_of(calls[name], device))
     return seconds
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    return [float(value) for value in np.percentile(values, [25, 50, 75])]
 
 
 # The passes
@@ -366,20 +312,6 @@ def memory_of_passes(size: str, kind: str, device: str) -> dict[str, float]:
     peak = peak_memory(where)
     assert peak is not None
     return {"peak_mib": (peak - before) / 2**20, "kept_mib": (reset_peak(where) - before) / 2**20}
-
-
-def reset_peak(device: torch.device) -> float:
-    """Forget the peak so far; returns what is used now, in bytes."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return float(torch.cuda.memory_allocated(device))
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 # GPUs

@@ -27,12 +27,10 @@ neighbours; `spread` has their quartiles. By default one thread is used.
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -48,6 +46,8 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
+from harness import hand_out, judged, make_parser, names, quartiles, reset_peak, save, seconds_of, wait
+from machine import machine
 from torch import Tensor, nn
 
 from edt_diffusion import EDTTransformer2DModel
@@ -94,36 +94,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results |= {"repeats": arguments.repeats, "spread": {}}
     for part in (compare_steps, trainer_overhead, memory, gpus):
         part(results, arguments, device)
-        results["goals"] = {
-            name: {
-                "goal": f"{sign} {bound}",
-                "reached": results[name] >= bound if sign == ">=" else results[name] < bound,
-            }
-            for name, (sign, bound) in GOALS.items()
-            if name in results and (name != "bf16_speedup" or device.type == "cpu")
-        }
-        if arguments.json not in (None, "-"):  # after each part: the next ones take minutes
-            Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n")
-    if arguments.json == "-":
-        print(json.dumps(results, indent=2))
-    else:
-        tell(results)
+        here = {name: goal for name, goal in GOALS.items() if name != "bf16_speedup" or device.type == "cpu"}
+        results["goals"] = judged(results, here)
+        save(results, arguments.json)
+    hand_out(results, arguments.json)
     return results
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            chosen = text.split(",")
-            if stray := [name for name in chosen if name not in known]:
-                raise argparse.ArgumentTypeError(f"{stray[0]!r}: expected some of {', '.join(known)}")
-            return chosen
-
-        return parse
-
     sizes = ("tiny", *SIZES)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", nargs="?", const="-", help="write the figures to this file, or to standard output")
+    parser = make_parser(__doc__)
     parser.add_argument("--only", type=names(PARTS), help=f"some of {','.join(PARTS)} (default: all; gpu on CUDA only)")
     parser.add_argument("--size", default="S", choices=sizes)
     parser.add_argument("--batch", type=int, default=8)
@@ -143,44 +123,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.only is None:
         arguments.only = [part for part in PARTS if part != "gpu" or arguments.device.startswith("cuda")]
     return arguments
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    told = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    if (info := Path("/proc/cpuinfo")).is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        told["cpu"] = lines[0].partition(":")[2].strip() if lines else told["cpu"]
-    told |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device.type}
-    if device.type == "cuda":
-        told["gpu"] = torch.cuda.get_device_name(device)
-    return told
-
-
-def tell(results: dict[str, Any], indent: str = "") -> None:
-    for name, value in results.items():
-        if isinstance(value, dict):
-            print(f"{indent}{name}")
-            tell(value, indent + "  ")
-        else:
-            print(f"{indent}{name:28} {value:.4g}" if isinstance(value, float) else f"{indent}{name:28} {value}")
-
-
-def wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock of a call with everything it has queued on the device."""
-    wait(device)
-    start = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    return [float(value) for value in np.percentile(values, [25, 50, 75])]
 
 
 # The plain step. Names of weights are the authors', whose form of the network this is.
@@ -764,19 +706,6 @@ def memory_of_step(size: str, batch: int, checkpointing: bool | list[int], devic
         "estimated_mib": (estimate.gradients + max(estimate.activations, estimate.update)) / 2**20,
         "standing_mib": (estimate.weights + estimate.optimizer + estimate.ema) / 2**20,
     }
-
-
-def reset_peak(device: torch.device) -> float:
-    """Forget the peak so far; returns what is used now, in bytes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return float(torch.cuda.memory_allocated(device))
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 # GPUs

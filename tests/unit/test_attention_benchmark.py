@@ -1,32 +1,18 @@
 """The benchmark of a forward pass: the naive pass is the same function, and every part runs."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import benchmark
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "forward.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("forward_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(SCRIPT.parent))  # for the modules beside it
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-    sys.path.remove(str(SCRIPT.parent))
-    del sys.modules[spec.name]
+    with benchmark("forward") as module:
+        yield module
 
 
 def test_every_part_for_cpus_runs(bench, tmp_path):

@@ -1,41 +1,29 @@
 """The comparison of the three networks: what is counted and timed is what is said."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmark_scripts import FOLDER, benchmark
 
 from edt_diffusion.models.masking import MaskPlan
 from edt_diffusion.nn import attention
 from edt_diffusion.profiling.counting import counting
 from edt_diffusion.profiling.side_by_side import Timings
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "compare.py"
+SCRIPT = FOLDER / "compare.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(SCRIPT.parent))  # for the modules beside it
-    spec = importlib.util.spec_from_file_location("compare_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-    sys.path.remove(str(SCRIPT.parent))
-    del sys.modules[spec.name]
+    with benchmark("compare") as module:
+        yield module
 
 
 def test_every_figure_is_told(bench, tmp_path):
@@ -181,7 +169,7 @@ def test_goals_and_discussion_are_computed(bench):
         "train_mdtv2_s_over_edt_s_passes": 2.2,
         "work_ratios": {f"step_mdtv2_{size}_over_edt_{size}": value for size, value in (("s", 3), ("b", 2), ("xl", 1))},
     }  # fmt: skip
-    goals = bench.goals(results)
+    goals = bench.judged(results, bench.GOALS)
     assert goals["forward_mdtv2_s_over_edt_s"] == {"goal": ">= 2.2", "reached": True}
     assert goals["forward_dit_s_over_edt_s"] == {"goal": ">= 1.9", "reached": False}
     assert goals["train_mdtv2_s_over_edt_s"]["reached"] is False

@@ -1,30 +1,18 @@
 """The benchmark of equal seconds: what is compared is as said, and the page says what is there."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
+from benchmark_scripts import benchmark
 
 from edt_diffusion.models import BACKBONES
 from edt_diffusion.studies.matrix import Results
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "equal_seconds.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(SCRIPT.parent))  # for the modules beside it
-    spec = importlib.util.spec_from_file_location("equal_seconds_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
-    del sys.modules[spec.name]
+    with benchmark("equal_seconds") as module:
+        yield module
 
 
 @pytest.fixture

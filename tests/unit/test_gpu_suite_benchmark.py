@@ -1,9 +1,7 @@
 """The script for a GPU, tried on a CPU: every part runs, what fails is told, and its figures are what they say."""
 
-import importlib.util
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,30 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import benchmark
 
 from edt_diffusion.data import open_images
 from edt_diffusion.profiling.side_by_side import Timings
 from edt_diffusion.util.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_suite.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def suite():
-    sys.path.insert(0, str(SCRIPT.parent))  # for the modules beside it
-    spec = importlib.util.spec_from_file_location("gpu_suite_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
-    sys.path.remove(str(SCRIPT.parent))
-    del sys.modules[spec.name]
+    with benchmark("gpu_suite") as module:
+        yield module
 
 
 def options(suite: Any, *words: str) -> Any:

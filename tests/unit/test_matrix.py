@@ -377,7 +377,7 @@ def test_clocks_charge_steps_and_neither_saving_nor_points(tmp_path, pictures):
     assert losses["share"] == [step / 10 for step in range(1, 11)]
     lines = [json.loads(line) for line in (folder.run(Run("a", 0)) / "log.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([1e-2 * (1 - step / 10) for step in range(10)])
-    with pytest.raises(UserError, match="holds a run with a budget, of a matrix: go on with it by the command that beg"):
+    with pytest.raises(UserError, match="holds a run with a budget, of a matrix: go on with it by the command"):
         build_trainer(config, folder.run(Run("a", 0)), quiet=True)
     pace, trainer = begun()  # the checkpoint knows that the seconds are spent
     assert trainer.fit()

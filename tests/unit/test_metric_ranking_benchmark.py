@@ -1,33 +1,24 @@
 """The benchmark of the metrics' ranking: what it does to pictures is what it says, and its verdicts follow."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_scripts import benchmark
 from PIL import Image
 
 from edt_diffusion.evaluation.extractors import open_extractor
 from edt_diffusion.evaluation.metrics import METRICS
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "metric_ranking.py"
 # As many pictures of each of 10 classes as CIFAR-10's test set has, mixed.
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 1000))
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("metric_ranking_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with benchmark("metric_ranking") as module:
+        yield module
 
 
 def pictures_like_photographs(count: int, size: int) -> np.ndarray:

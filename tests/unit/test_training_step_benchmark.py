@@ -1,35 +1,26 @@
 """The benchmark of a training step: the plain step is the same step, and every part runs."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmark_scripts import FOLDER, benchmark
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "training_step.py"
+SCRIPT = FOLDER / "training_step.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("training_step_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    threads = torch.get_num_threads()
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
-    del sys.modules[spec.name]
+    with benchmark("training_step") as module:
+        yield module
 
 
 def sides(bench: ModuleType) -> tuple[Any, Any, Any]:
