@@ -28,7 +28,7 @@ from edt_diffusion.models import BACKBONES
 from edt_diffusion.studies.matrix import Arm, Budget, Matrix, Results, Variant, run_matrix
 from edt_diffusion.studies.matrix.results import Estimate, draw_curves, new_figure, save_figure
 from edt_diffusion.util.errors import UserError
-from edt_diffusion.util.files import atomic_write_json, atomic_write_text
+from edt_diffusion.util.files import atomic_write_json, atomic_write_text, make_folder
 
 HERE = Path(__file__).parent
 SAMPLING = {"scheduler": "ddim", "steps": 18, "guidance": 1.0}
@@ -124,6 +124,7 @@ def tried_rates(options: argparse.Namespace, names: list[str]) -> dict[str, Any]
 def main() -> None:
     """Run what is missing and write the results."""
     options = _options()
+    make_folder(options.out)
     wanted = [name for group in options.only.split(",") for name in GROUPS[group]]
     arms = [arm for arm in ARMS if arm.name in wanted]
     trial = tried_rates(options, [arm.name for arm in arms]) if options.rates else None
