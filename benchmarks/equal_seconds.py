@@ -230,7 +230,12 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
     else:
         lines.append(
             f"The rate of learning was chosen for each backbone by a trial of {trial['budget']} with one seed: "
-            f"{json.dumps(trial['distances'])}; chosen {json.dumps(trial['chosen'])}."
+            + "; ".join(
+                f"{name} {', '.join(f'{distance:.2f} at {rate}' for rate, distance in scored.items())}: "
+                f"{trial['chosen'][name]:g}"
+                for name, scored in trial["distances"].items()
+            )
+            + "."
         )
         edge = at_the_edge(trial)
         if edge:
