@@ -411,6 +411,7 @@ def test_masks_that_do_not_fit():
         (TokenMasks(input=torch.ones(2, 63)), r"token_masks.input has shape \(2, 63\), expected \(2, 64\)"),
         (TokenMasks(input=uneven), "keeps 63 to 64 tokens of an image: expected as many in each"),
         (TokenMasks(input=torch.zeros(2, 64)), "keeps 0 to 0 tokens"),
+        (TokenMasks(input=torch.ones(2, 64), kept_tokens=63), "kept_tokens=63, but token_masks.input keeps 64"),
         (TokenMasks((torch.ones(2, 64),)), "holds 1 masks, but the model has 0 down-sampling"),
         (TokenMasks(stage0=torch.ones(2, 64)), "token_masks.stage0 is for models with stages"),
     ):

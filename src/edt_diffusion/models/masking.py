@@ -35,11 +35,13 @@ class TokenMasks:
             Empty: none of them hides anything.
         stage0: (B, N_0) on the first grid, or None. Acts before one block of stage 0 (the model's `stage0_mask_block`).
         input: (B, N_0), or None: tokens that are left out at the input; as many in each image.
+        kept_tokens: how many of an image `input` keeps, if the maker knows: to count them waits for an accelerator.
     """
 
     down: tuple[Tensor, ...] = ()
     stage0: Tensor | None = None
     input: Tensor | None = None
+    kept_tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "down", tuple(self.down))
@@ -51,14 +53,15 @@ class TokenMasks:
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TokenMasks":
         """Return what `change` makes of each mask."""
         stage0, entry = (None if mask is None else change(mask) for mask in (self.stage0, self.input))
-        return TokenMasks(tuple(map(change, self.down)), stage0, entry)
+        return TokenMasks(tuple(map(change, self.down)), stage0, entry, self.kept_tokens)
 
     def kept_at_input(self) -> Tensor | None:
         """Numbers (B, K) of the tokens that are there, ascending, or None where none is left out."""
         if self.input is None:
             return None
-        batch = self.input.shape[0]
-        return self.input.bool().nonzero()[:, 1].view(batch, -1)
+        if self.kept_tokens is not None:
+            return self.input.bool().to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.kept_tokens]
+        return self.input.bool().nonzero()[:, 1].view(self.input.shape[0], -1)
 
     def check(self, batch: int, grid: tuple[int, int], down_grids: Sequence[tuple[int, int]]) -> None:
         """Raise a ValueError if shapes do not fit a batch, the first grid and those at the down-sampling modules."""
@@ -86,6 +89,11 @@ class TokenMasks:
                 raise ValueError(
                     f"token_masks.input keeps {int(counts.min())} to {int(counts.max())} tokens of an image: expected "
                     "as many in each, and one at least"
+                )
+            if batch and self.kept_tokens not in (None, int(counts.min())):
+                raise ValueError(
+                    f"token_masks.kept_tokens={self.kept_tokens}, but token_masks.input keeps {int(counts.min())} of an "
+                    "image: give that number, or leave it out"
                 )
 
 
@@ -142,12 +150,14 @@ class MaskPlan:
         def keep(share: float, tokens: int) -> Tensor:
             return torch.stack([torch.from_numpy(g.random(tokens) >= share) for g in generators])
 
-        def keep_exactly(share: float, tokens: int) -> Tensor:
-            count = max(int(tokens * (1 - share)), 1)
+        def keep_exactly(count: int, tokens: int) -> Tensor:
             ranks = torch.stack([torch.from_numpy(g.random(tokens).argsort().argsort()) for g in generators])
             return ranks < count
 
         down = tuple(keep(share, h * w) for share, (h, w) in zip(shares, grids, strict=False))
         tokens = grids[0][0] * grids[0][1] if grids else 0
         stage0 = None if stage0_share is None else keep(stage0_share, tokens)
-        return TokenMasks(down, stage0, None if input_share is None else keep_exactly(input_share, tokens))
+        if input_share is None:
+            return TokenMasks(down, stage0)
+        count = max(int(tokens * (1 - input_share)), 1)
+        return TokenMasks(down, stage0, keep_exactly(count, tokens), count)
