@@ -92,8 +92,8 @@ class TokenMasks:
                 )
             if batch and self.kept_tokens not in (None, int(counts.min())):
                 raise ValueError(
-                    f"token_masks.kept_tokens={self.kept_tokens}, but token_masks.input keeps {int(counts.min())} of an "
-                    "image: give that number, or leave it out"
+                    f"token_masks.kept_tokens={self.kept_tokens}, but token_masks.input keeps {int(counts.min())} of "
+                    "an image: give that number, or leave it out"
                 )
 
 
