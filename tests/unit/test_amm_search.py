@@ -255,6 +255,14 @@ def test_a_setting_wins_if_all_of_its_interval_is_better(low, high, off, least, 
     assert "fresh seeds" in why
 
 
+@pytest.mark.parametrize(("noise", "wins"), [(None, True), (20.0, True), (13.4, True), (13.3, False), (8.0, False)])
+def test_nothing_wins_where_samples_are_hardly_better_than_noise(noise, wins):
+    best = AttentionModulation((1,))
+    answer, why = decide(best, {"low": -2.0, "high": -1.0}, 10.0, 0.01, True, noise)  # three quarters of 13.33 is 10
+    assert answer == (best if wins else None)
+    assert wins or "hardly nearer to the reference (10) than the noise they begin from" in why
+
+
 def test_without_a_candidate_better_than_off_nothing_is_confirmed():
     assert decide(None, None, None, 0.0, True)[0] is None
 
@@ -540,6 +548,22 @@ def test_a_gain_below_the_least_is_none(model, reference, rigged, tmp_path, monk
                "of off's value",
     }  # fmt: skip
     assert conclusion(large).startswith("AMM stays off: on fresh seeds the best candidate is better than off, but")
+
+
+def test_a_model_that_makes_noise_is_best_off(model, rigged, tmp_path, monkeypatch):
+    """White pictures are as far from the samples as from noise, and brighter samples are nearer to them."""
+    monkeypatch.setenv("EDT_CACHE", str(tmp_path / "cache"))
+    white = tmp_path / "white.npz"
+    np.savez(white, arr_0=np.random.default_rng(0).integers(254, 256, (400, 8, 8, 3), np.uint8))
+    facts = search(request(model, white, tmp_path / "out")).facts
+    assert facts["best_of_search"]["blocks"] == [3, 4]
+    assert facts["confirmation"]["rows"][1]["difference_high"] < 0
+    # Clipped Gaussian noise: mean 1/2, deviation sqrt(erf(1/sqrt 2) - 2 phi(1) + P(|z| > 1)) / 2 = 0.3592, in 4 quarters.
+    assert facts["confirmation"]["noise"] == pytest.approx(4 * (0.5**2 + 0.3592**2), rel=0.05)
+    assert facts["answer"]["setting"] is None
+    assert conclusion(facts).startswith("AMM stays off: samples are hardly nearer to the reference (1.")
+    assert "| the noise that samples begin from |" in (tmp_path / "out" / "amm.md").read_text()
+    assert saved_modulation(model) is None
 
 
 def test_a_metric_of_which_more_is_better_is_turned_round(model, reference, rigged, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ...evaluation.extract import joined
 from ...evaluation.extractors import Extractor
@@ -24,7 +25,7 @@ from ...sampling.samples import Samples
 from ...sampling.settings import SamplingSetting
 from ...util.errors import UserError
 from ...util.files import atomic_write_bytes, make_folder
-from ...util.rng import Purpose, image_seed, stream
+from ...util.rng import Purpose, image_generators, image_seed, stream
 from .candidates import words
 
 Use = Literal["search", "confirm"]
@@ -96,10 +97,11 @@ class SampledFeatures:
         self.costs: dict[Use, Cost] = {"search": Cost(), "confirm": Cost()}
         self._counted: set[Path] = set()
         self._samples: dict[Use, Samples] = {}
+        self._seeds: dict[Use, list[int]] = {}
         starts: dict[Use, int] = {"search": 0, "confirm": FRESH}
         for use, start in starts.items():
             labels = spread_labels(most[use], self.classes, seed, start)
-            seeds = [image_seed(seed, start + number) for number in range(most[use])]
+            seeds = self._seeds[use] = [image_seed(seed, start + number) for number in range(most[use])]
             self._samples[use] = Samples(pipeline, setting, labels, most[use], seed, batch, seeds=seeds)
 
     def facts(self) -> dict[str, Any]:
@@ -131,6 +133,17 @@ class SampledFeatures:
         stratified = self.classes is not None and count >= self.classes
         return FeatureSet(found.statistics, found.pooled, found.logits, None, found.labels, stratified)
 
+    def noise(self, count: int) -> FeatureSet:
+        """Features of what the samples of a confirmation begin from: their starting noise, taken for pictures."""
+        parts = []
+        for start in range(0, count, self.batch):
+            generators = image_generators(self._seeds["confirm"][start : start + self.batch])
+            draws = [torch.randn(self.pipeline.sample_shape, generator=generator) for generator in generators]
+            with torch.no_grad():
+                pictures = self.pipeline.decode(torch.stack(draws).to(self.pipeline.device), "uint8")
+            parts.append({"pooled": self._features(pictures)["pooled"]})
+        return joined(parts, None)
+
     def _make(self, modulation: AttentionModulation | None, number: int, use: Use) -> dict[str, np.ndarray]:
         network, passes = self.pipeline.transformer, [0]
 
@@ -144,8 +157,12 @@ class SampledFeatures:
                 pictures, seconds = self._samples[use].make(start, start + self.batch)
         finally:
             handle.remove()
+        taken = {"seconds": np.float64(seconds), "passes": np.int64(passes[0])}
+        return {**self._features(pictures), **taken}
+
+    def _features(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
         found = self.extractor(colour_tensor(pictures))
-        arrays = {"pooled": found.pooled.numpy(), "seconds": np.float64(seconds), "passes": np.int64(passes[0])}
+        arrays = {"pooled": found.pooled.numpy()}
         if found.logits is not None:
             arrays["logits"] = found.logits.numpy()
         if not np.isfinite(arrays["pooled"]).all():

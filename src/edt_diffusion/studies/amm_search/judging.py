@@ -14,6 +14,8 @@ from .features import SampledFeatures
 
 # Pictures of each feature in the first rung below which a Fréchet distance is mostly bias.
 _ENOUGH = 3
+# Share of the distance of pure noise at which samples count as made by a model that has learned something.
+_LEARNED = 0.75
 
 
 def choose_metric(name: str | None, known: Known, extractor: Extractor, first: int) -> tuple[Metric, list[str]]:
@@ -54,10 +56,17 @@ def confirm(
     count: int,
     least_gain: float,
 ) -> dict[str, Any]:
-    """Compare the best, and what is published, with off on fresh seeds; the answer follows from the best alone."""
+    """Compare the best, and what is published, with off on fresh seeds; the answer follows from the best alone.
+
+    By a distance, off is also compared with the noise that its samples begin from: where it is hardly nearer to the
+    reference than that, nothing was learned that modulation could help.
+    """
     rows: list[dict[str, Any]] = []
     settings = MetricSettings()
+    noise = None
     if best is not None:
+        if metric.lower_is_better:
+            noise = loss(metric, made.noise(count), reference)
         off = made(None, count, "confirm")
         rows.append({"setting": None, "words": "off", **_numbers(metric(off, reference, settings))})
         for setting, role in ((best, "best of the search"), (published, "published")):
@@ -74,16 +83,21 @@ def confirm(
     if best is not None:
         compared = {name: rows[1][f"difference{end}"] for name, end in (("low", "_low"), ("high", "_high"))}
     off_value = rows[0]["value"] if rows else None
-    answer, why = decide(best, compared, off_value, least_gain, metric.lower_is_better)
+    answer, why = decide(best, compared, off_value, least_gain, metric.lower_is_better, noise)
     return {
         "answer": {"setting": config_of(answer), "words": words(answer), "why": why},
         "best_of_search": config_of(best),
-        "confirmation": {"pictures": count if rows else 0, "level": settings.level, "rows": rows},
+        "confirmation": {"pictures": count if rows else 0, "level": settings.level, "rows": rows, "noise": noise},
     }
 
 
 def decide(
-    best: AttentionModulation | None, compared: dict[str, Any] | None, off: float | None, least_gain: float, lower: bool
+    best: AttentionModulation | None,
+    compared: dict[str, Any] | None,
+    off: float | None,
+    least_gain: float,
+    lower: bool,
+    noise: float | None = None,
 ) -> tuple[AttentionModulation | None, str]:
     """The answer, and why.
 
@@ -93,9 +107,15 @@ def decide(
         off: the value of off there.
         least_gain: share of it by which all of the interval must be better.
         lower: whether less is better.
+        noise: the value of the noise that samples begin from, where it is known.
     """
     if best is None or compared is None or off is None:
         return None, "no candidate was better than off in the search"
+    if noise is not None and off > _LEARNED * noise:
+        return None, (
+            f"samples are hardly nearer to the reference ({off:.4g}) than the noise they begin from ({noise:.4g}): the "
+            "model has yet to be trained"
+        )
     least = least_gain * abs(off)
     worst = compared["high"] if lower else -compared["low"]
     share = f" by {100 * least_gain:g} % of off's value" if least_gain else ""

@@ -101,6 +101,9 @@ def markdown(answer: dict[str, Any]) -> str:
             role = f" ({row['role']})" if "role" in row else ""
             difference = _interval(row, "difference") if "difference" in row else ""
             page.append(f"| {row['words']}{role} | {_interval(row, 'value')} | {difference} |")
+        noise = answer["confirmation"].get("noise")
+        if noise is not None:
+            page.append(f"| the noise that samples begin from | {noise:.4g} | |")
         page += [
             "",
             "Seeds and classes of the confirmation are none of the search's, and were fixed before it. That the best "
