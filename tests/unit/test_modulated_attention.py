@@ -449,6 +449,7 @@ def test_a_processor_takes_a_form_by_name(form):
 @torch.no_grad()
 def test_forms_on_cuda_against_float64(grid, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.compiler.reset()  # two graphs of FlexAttention a case: of all cases they are more than torch's limit
     given, modulation = tensors(grid, dtype), modulation_matrix(*grid)
     expected = reference(*given, modulation)
     limit = {F32: 2e-5, HALF: 0.01, torch.float16: 0.002}[dtype] * rms(expected)
