@@ -4,9 +4,9 @@
     python benchmarks/compare.py --sizes S --parts forward,train --repeats 20 --threads 1
     python benchmarks/compare.py --device cuda --dtype bf16 --sizes S,B,XL --batch 32 --train-batch 64 --json -
 
-All three are this package's, on the same attention code; `forms` says which of its forms each network took where, as it
-happened. Weights that start as zero are random here, so that nothing is multiplied by zero, and what comes out is
-checked to be finite. Latents are of pixels / 8 with 4 channels.
+All three are this package's, on the same attention module; which of its forms each network took where, as it happened,
+is in `forms`, and they need not be the same. Weights that start as zero are random here, so that nothing is multiplied
+by zero, and what comes out is checked to be finite. Latents are of pixels / 8 with 4 channels.
 
 A training step is: the passes, their loss, one backward pass, Adan without clipping, and one average of the weights.
 Everything random in it is drawn before. The passes are those of each paper's recipe:
@@ -452,6 +452,7 @@ def steps_of(
     dtype: torch.dtype,
     device: torch.device,
     recipes: Sequence[str] = tuple(RECIPES),
+    build: Callable[[str, str, int], Any] = build_network,
 ) -> dict[str, Step]:
     """The steps of recipes; those of one network share its weights, optimizer state and average."""
     trained: dict[str, Trained] = {}
@@ -459,7 +460,7 @@ def steps_of(
     for recipe in recipes:
         network = RECIPES[recipe][0]
         if network not in trained:
-            trained[network] = Trained(build_network(network, size, pixels), device)
+            trained[network] = Trained(build(network, size, pixels), device)
         steps[recipe] = Step(recipe, size, pixels, batch, dtype, trained[network])
     return steps
 
