@@ -36,13 +36,20 @@ def test_parts_stand_for_themselves_and_are_written_one_by_one(suite, tmp_path, 
     monkeypatch.setattr(suite, "SAMPLINGS", (("ddim", 50, "none"), ("ddim", 50, "no such cache")))
     monkeypatch.setattr(suite, "FORWARD_BATCHES", {"tiny": (1,)})
     monkeypatch.setattr(suite, "measured_matmul_peak", lambda *_: 1e12)
-    written: list[list[str]] = []
+    written: list[tuple[str, int]] = []
     write = suite.write
-    monkeypatch.setattr(suite, "write", lambda told, out: (written.append(list(told["parts"])), write(told, out)))
+
+    def noted(told, out):
+        part = list(told["parts"])[-1]
+        written.append((part, len(told["parts"][part].get("rows", ()))))
+        write(told, out)
+
+    monkeypatch.setattr(suite, "write", noted)
     told = suite.main([
         "--device", "cpu", "--tiny", "--rounds", "2", "--out", str(tmp_path), "--parts", "training,throughput,sampling",
     ])  # fmt: skip
-    assert written == [["training"], ["training", "throughput"], ["training", "throughput", "sampling"]]
+    items = [("throughput", rows) for rows in (3, 7, 10, 14, 14)]  # networks or recipes of each item, then the end
+    assert written == [("training", 0), *items, *(("sampling", rows) for rows in (1, 2, 3, 4, 5, 6, 6))]
     (file,) = tmp_path.glob("gpu_cpu-tiny_*.json")
     assert json.loads(file.read_text()) == json.loads(json.dumps(told))
     assert told["parts"]["training"]["error"].startswith("UserError: the training needs --data")
@@ -55,6 +62,12 @@ def test_parts_stand_for_themselves_and_are_written_one_by_one(suite, tmp_path, 
     for row in rows:
         assert row["images_per_second"] > 0
         assert ("seconds_over_edt" in row) == (row["network"] != "edt")
+        assert row["standing_mib"] > 0
+        assert sum(row["forms"].values()) >= 2
+        if row["forms"] == {"sdpa": 2}:
+            assert row["kernels"] == {"flash_attention_for_cpu": 2}
+    assert {row["network"] for row in rows if row["kernels"]} >= {"dit"}
+    assert told["parts"]["throughput"]["kernels_allowed"]
     samplings = told["parts"]["sampling"]["rows"]
     assert [row["pictures_per_second"] > 0 for row in samplings[::2]] == [True] * 3
     assert all("no such cache" in row["unavailable"] for row in samplings[1::2])
@@ -79,6 +92,7 @@ def test_parity_finds_precisions_and_what_is_wrong(suite, monkeypatch):
     (off, _) = suite.errors_of("mdtv2", "tiny", 128, False, CPU)
     assert off["amm"] == "off"
     assert off["forms"] == {"sdpa": 4}
+    assert off["kernels"] == {"flash_attention_for_cpu": 4}
 
     from edt_diffusion.nn import modulated_attention
 
@@ -111,7 +125,7 @@ def test_what_is_not_finite_is_written_and_does_not_end_the_call(suite, tmp_path
 
 
 def test_no_training_is_begun_that_could_not_be_stopped_in_order(suite, tmp_path):
-    given = options(suite, "--data", "pictures", "--extractor", "net.ts", "--out", str(tmp_path))
+    given = options(suite, "--data", "pictures", "--extractor", "pixels", "--work", str(tmp_path / "work"))
     with pytest.raises(UserError, match="0 s of --budget are left"):
         suite.training(given, CPU, suite.Deadline(1))
 
@@ -135,12 +149,19 @@ def test_relative_error_is_that_of_the_root_mean_square(suite):
 
 def test_rates_are_of_images_whatever_the_windows(suite):
     timings = Timings({"edt": [2.0, 4.0], "mdtv2": [3.0, 6.0]})
-    edt, mdt = suite.rows_of(timings, {"edt": 4, "mdtv2": 2}, 8, {"edt": 1.0, "mdtv2": 2.0}, {"edt": 10**12})
+    facts = {"edt": {"work": 10**12, "peak_mib": 1.0}, "mdtv2": {"work": None, "peak_mib": 2.0}}
+    edt, mdt = suite.rows_of(timings, {"edt": 4, "mdtv2": 2}, 8, facts)
     assert edt["images_per_second"] == pytest.approx(32 / 3)  # 4 calls of 8 in the median of 3 seconds
     assert edt["tflops"] == pytest.approx(32 / 3)
     assert mdt["tflops"] is None
     assert mdt["seconds_over_edt"] == pytest.approx(3.0)  # 3/16 over 2/32
     assert "seconds_over_edt" not in edt
+    assert (edt["peak_mib"], mdt["peak_mib"]) == (1.0, 2.0)
+    assert mdt["seconds_over_edt_quartiles"] is not None
+    apart = Timings({"edt": [2.0, 2.0, 8.0], "mdtv2": [6.0, 3.0, 3.0]})  # not in turn: medians, 3 over 2
+    (_, mdt) = suite.rows_of(apart, {"edt": 1, "mdtv2": 1}, 8, facts, in_turn=False)
+    assert mdt["seconds_over_edt"] == pytest.approx(1.5)
+    assert mdt["seconds_over_edt_quartiles"] is None
 
 
 def test_windows_hold_as_many_calls_as_fill_them(suite, monkeypatch):
@@ -194,7 +215,8 @@ def test_the_training_gives_each_network_the_same(suite, tmp_path, monkeypatch):
         asked.append((matrix, folder))
         scores = {"edt": 3.0, "dit": 5.0, "mdtv2": 4.0}
         return SimpleNamespace(
-            ceiling={"metrics": {"fid": {"value": 1.0}}}, stopped=False, missing=[], failed={},
+            ceiling={"metrics": {"fid": {"value": 1.0}}}, stopped=True, missing=["dit-seed0-1-plain"],
+            failed={"dit-seed0-score": "no such thing"},
             done={f"{name}-seed0": {"parameters": 7} for name in scores},
             spent=lambda arm: {"step": 11.0, "images": 22.0},
             mean=lambda arm, metric: engine.results.Estimate(scores[arm], None, None, {0: scores[arm]})
@@ -202,13 +224,18 @@ def test_the_training_gives_each_network_the_same(suite, tmp_path, monkeypatch):
         )  # fmt: skip
 
     monkeypatch.setattr(engine, "run_matrix", run)
-    words = ["--data", "pictures", "--test-data", "held-out", "--extractor", "net.ts", "--seconds", "9"]
-    given = options(suite, *words, "--out", str(tmp_path), "--images", "8")
+    words = ["--data", "pictures", "--test-data", "held-out", "--extractor", "pixels", "--seconds", "9"]
+    given = options(suite, *words, "--work", str(tmp_path / "training"), "--images", "8")
+    log = tmp_path / "training" / "runs" / "runs" / "dit-seed0" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"step": 1, "loss": 1.0, "data_wait_share": 0.2}\n{"step": 2, "data_wait_share": 0.4}\n')
     told = suite.training(given, CPU, suite.Deadline(100))
     ((matrix, folder),) = asked
     assert folder == tmp_path / "training" / "runs"
     assert str(matrix.budget) == "9s"
     assert matrix.ceiling == "held-out"
+    assert matrix.metrics == ("fid", "kid")  # pixels have no classes
+    assert matrix.save_every >= 600
     configs = {arm.name: matrix.config(arm, 0) for arm in matrix.arms}
     assert {name: config.model["name"] for name, config in configs.items()} == {
         "edt": "EDT", "dit": "DiT", "mdtv2": "MDTv2",
@@ -222,8 +249,17 @@ def test_the_training_gives_each_network_the_same(suite, tmp_path, monkeypatch):
     assert [each["scores"]["fid"]["mean"] for each in told["networks"]] == [3.0, 5.0, 4.0]
     assert told["ceiling"] == {"fid": 1.0}
     page = "\n".join(suite.page_of_training(told))
-    assert "| DiT-S | 7 | 11 | 22 | 5 |" in page
-    assert "| held-out real pictures |  |  |  | 1 |" in page
+    assert "| share of waiting for data | Fréchet distance |" in page
+    assert "| DiT-S | 7 | 11 | 22 | 0.3 | 5 |" in page
+    assert "| EDT-S, its masks | 7 | 11 | 22 |  | 3 |" in page
+    assert "| held-out real pictures |  |  |  |  | 1 |" in page
+    for line in (
+        "Extractor: pixels.",
+        "Stopped before",
+        "Missing: dit-seed0-1-plain",
+        "dit-seed0-score: no such thing",
+    ):
+        assert line in page
     full = {arm.name: dict(arm.settings["model"]) for arm in suite.arms(tiny=False)}
     assert full["dit"] == {"name": "DiT", "size": "S", "patch_size": 2}
 
@@ -240,6 +276,260 @@ def test_a_training_is_asked_to_stop_in_time(suite):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_stop_that_comes_when_the_work_is_just_done_loses_nothing(suite, tmp_path, monkeypatch):
+    from edt_diffusion.studies import matrix as engine
+
+    read = SimpleNamespace(
+        ceiling=None, stopped=False, missing=["all"], failed={}, done={}, spent=lambda arm: {}, mean=lambda *_: None
+    )
+    monkeypatch.setattr(engine, "run_matrix", lambda *_, **__: time.sleep(20))
+    monkeypatch.setattr(engine, "Results", SimpleNamespace(read=lambda folder, matrix: read))
+    given = options(suite, "--data", "pictures", "--extractor", "pixels", "--work", str(tmp_path))
+    timer = suite.stopped_after
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(suite, "stopped_after", lambda _left: timer(0.05))
+        told = suite.training(given, CPU, suite.Deadline(100))
+        assert told["stopped"]
+        assert told["missing"] == ["all"]
+        monkeypatch.setattr(suite, "stopped_after", lambda _left: timer(50))
+        monkeypatch.setattr(engine, "run_matrix", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):  # that of a person
+            suite.training(given, CPU, suite.Deadline(100))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def of_parts(suite: Any, monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    monkeypatch.setattr(suite, "PART_FUNCTIONS", {**suite.PART_FUNCTIONS, **functions})
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob("gpu_*.json")
+    return json.loads(file.read_text())
+
+
+TESTS = {"counts": {"passed": 1}, "failures": []}
+SAMPLED = {"guidance": 2.0, "precision": "bf16", "size": "S", "pixels": 256, "left_out": []}
+
+
+def sampled(item: str, rate: float) -> dict[str, Any]:
+    row = {"item": item, "network": item, "scheduler": "ddim", "steps": 5, "cache": "none", "batch": 2}
+    return {**row, "pictures_per_second": rate}
+
+
+def test_what_was_measured_stays_when_a_part_breaks_off(suite, tmp_path, monkeypatch):
+    on_disk: list[Any] = []
+
+    def breaks(_options, _device, _deadline, note):
+        note({**SAMPLED, "rows": [sampled("edt", 3.0)]})
+        on_disk.append(found_in(tmp_path)["parts"]["sampling"])
+        raise RuntimeError("a kernel failed")
+
+    of_parts(suite, monkeypatch, sampling=breaks, tests=lambda *_: TESTS)
+    told = suite.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "sampling,tests"])
+    assert on_disk[0]["unfinished"]
+    assert on_disk[0]["rows"][0]["pictures_per_second"] == 3.0
+    part = found_in(tmp_path)["parts"]["sampling"]
+    assert part["error"] == "RuntimeError: a kernel failed"
+    assert part["rows"][0]["pictures_per_second"] == 3.0
+    assert "unfinished" not in part
+    assert told["parts"]["tests"]["counts"] == {"passed": 1}
+    page = next(tmp_path.glob("gpu_*.md")).read_text()
+    assert "Failed: RuntimeError: a kernel failed" in page
+    assert "| edt | ddim | 5 | none | 2 | 3 |" in page
+
+
+@pytest.mark.parametrize("where", ["between", "within", "interrupted"])
+def test_a_device_that_is_lost_ends_the_call_and_says_so(suite, tmp_path, monkeypatch, where):
+    def lost(_device):
+        raise suite.DeviceLost("AcceleratorError: an illegal memory access")
+
+    def part(_options, device, _deadline, note):
+        note({**SAMPLED, "rows": [sampled("edt", 3.0)]})
+        if where == "within":
+            suite.release(device)
+        if where == "interrupted":
+            raise KeyboardInterrupt
+        return {**SAMPLED, "rows": [sampled("edt", 3.0)]}
+
+    of_parts(suite, monkeypatch, sampling=part, tests=lambda *_: TESTS)
+    if where != "interrupted":
+        monkeypatch.setattr(suite, "release", lost)
+    suite.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "sampling,tests"])
+    told = found_in(tmp_path)
+    assert list(told["parts"]) == ["sampling"]
+    assert told["parts"]["sampling"]["rows"]
+    assert told["ended_early"].startswith("in sampling")
+    assert told["ended_early"].endswith("not begun: tests")
+    assert "Ended early: in sampling" in next(tmp_path.glob("gpu_*.md")).read_text()
+
+
+def test_releasing_a_broken_device_is_told_as_such(suite, monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.compiler, "reset", broken)
+    with pytest.raises(suite.DeviceLost, match=r"illegal memory access was encountered$"):
+        suite.release(CPU)
+
+
+def test_a_later_call_of_the_day_adds_to_what_is_there(suite, tmp_path, monkeypatch):
+    words = ["--device", "cpu", "--out", str(tmp_path), "--parts"]
+    first = {**SAMPLED, "rows": [sampled("edt", 3.0), sampled("dit", 2.0)], "left_out": ["mdtv2", "more"]}
+    second = {**SAMPLED, "rows": [sampled("dit", 2.5), sampled("mdtv2", 1.0)], "left_out": []}
+    of_parts(suite, monkeypatch, sampling=lambda *_: first, tests=lambda *_: TESTS)
+    suite.main([*words, "tests,sampling"])
+    of_parts(suite, monkeypatch, sampling=lambda *_: second)
+    suite.main([*words, "sampling"])
+
+    def fails(*_):
+        raise RuntimeError("at once")
+
+    of_parts(suite, monkeypatch, sampling=fails)
+    suite.main([*words, "sampling"])
+    parts = found_in(tmp_path)["parts"]
+    assert parts["tests"]["counts"] == {"passed": 1}
+    assert {row["item"]: row["pictures_per_second"] for row in parts["sampling"]["rows"]} == {
+        "edt": 3.0, "dit": 2.5, "mdtv2": 1.0,
+    }  # fmt: skip
+    assert parts["sampling"]["left_out"] == ["more"]
+    assert parts["sampling"]["failed_later"] == "RuntimeError: at once"
+    assert "A later call failed: RuntimeError: at once" in next(tmp_path.glob("gpu_*.md")).read_text()
+    next(tmp_path.glob("gpu_*.json")).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        suite.main([*words, "sampling"])
+
+
+def test_parity_of_two_calls_is_judged_as_a_whole(suite):
+    def part(item: str, error: float | None) -> dict[str, Any]:
+        within = error is not None and error < 0.03
+        row = {"item": item, "network": "edt", "pixels": 256, "dtype": "bf16", "amm": "off", "error": error}
+        rows = [{**row, "within": within}]
+        return {"bounds": suite.BOUNDS, **suite.verdict(rows), "rows": rows, "left_out": []}
+
+    told = suite.joined(part("one", None), part("two", 0.01))  # None is what JSON has for infinity
+    assert told["within"] is False
+    assert told["largest"]["bf16"] == float("inf")
+    assert suite.joined(part("one", 0.02), part("two", 0.01))["largest"]["bf16"] == 0.02
+
+
+def test_one_network_that_fails_does_not_take_the_others_along(suite, monkeypatch):
+    monkeypatch.setattr(suite, "WINDOW_SECONDS", 0.001)
+    build = suite.compare.build_network
+
+    def built(network: str, *rest: Any) -> Any:
+        model = build(network, *rest)
+        if network == "dit":
+            model.forward = lambda *_, **__: 1 / 0
+        return model
+
+    monkeypatch.setattr(suite, "network_of", built)
+    wanted = ((suite.forward_rates, {"edt", "mdtv2"}), (suite.training_rates, {"edt", "edt_star", "mdtv2"}))
+    for measured, others in wanted:
+        rows = {row["network"]: row for row in measured("tiny", "fp32", False, 1, options(suite), CPU)}
+        assert rows.pop("dit")["unavailable"].startswith("ZeroDivisionError")
+        assert set(rows) == others
+        assert all(row["images_per_second"] > 0 for row in rows.values())
+
+
+def test_an_item_of_parity_that_fails_does_not_take_the_others_along(suite, monkeypatch):
+    def errors(network, _size, pixels, _amm, _device):
+        yield {"network": network, "pixels": pixels, "dtype": "fp32", "amm": "off", "error": 0.0, "within": True}
+        if network == "dit":
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(suite, "errors_of", errors)
+    noted: list[int] = []
+    found = suite.parity(options(suite), CPU, suite.Deadline(1000), lambda told: noted.append(len(told["rows"])))
+    assert noted == list(range(1, 9))
+    assert [row["item"] for row in found["rows"] if "unavailable" in row] == ["dit 128 plain", "dit 128 AMM"]
+    assert found["within"]
+
+
+def test_precision_is_set_back_when_an_item_fails(suite, monkeypatch):
+    monkeypatch.setattr(suite.compare, "pass_of", lambda *_: 1 / 0)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        suite.set_tf32(True)
+        with pytest.raises(ZeroDivisionError):
+            list(suite.errors_of("dit", "tiny", 128, False, CPU))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_networks_are_made_once_and_are_the_same(suite, monkeypatch):
+    suite.built.cache_clear()
+    made: list[str] = []
+    build = suite.compare.build_network
+    monkeypatch.setattr(suite.compare, "build_network", lambda name, *rest: (made.append(name), build(name, *rest))[1])
+    one, other = (suite.network_of("dit", "tiny", 128) for _ in range(2))
+    assert made == ["dit"]
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        next(one.parameters()).zero_()
+    assert bool(next(other.parameters()).any())  # no copy sees what another is given
+    suite.built.cache_clear()
+
+
+def test_flex_attention_is_tried_once(suite, monkeypatch):
+    monkeypatch.setattr(suite, "FORMS", {name: suite.FORMS[name] for name in ("explicit", "flex")})
+    monkeypatch.setattr(suite, "DTYPES", {"fp32": torch.float32, "bf16": torch.bfloat16})
+    monkeypatch.setattr(suite, "FLEX_WITH", ("edt", 128, "bf16"))
+    monkeypatch.setattr(suite, "set_form", lambda *_: None)  # without a compiler it warns
+
+    def tried(network: str) -> list[str]:
+        return [row["dtype"] for row in suite.errors_of(network, "tiny", 128, True, CPU) if row["amm"] == "flex"]
+
+    assert tried("edt") == ["bf16"]
+    assert tried("dit") == []
+
+
+def test_the_tests_for_a_gpu_are_found_and_bounded(suite, monkeypatch):
+    files = suite.files_of_tests()
+    assert "tests/unit/test_modulated_attention.py" in files
+    assert all("@pytest.mark.gpu" in (suite.ROOT / file).read_text() for file in files)
+    asked: list[Any] = []
+
+    def late(words, **others):
+        asked.append((words, others))
+        raise suite.subprocess.TimeoutExpired(words, others["timeout"], output=b"tests/a.py::b PASSED\n")
+
+    monkeypatch.setattr(suite.subprocess, "run", late)
+    told = suite.run_tests(options(suite), CPU, suite.Deadline(1000))
+    ((words, others),) = asked
+    assert words[-len(files) :] == files
+    assert others["timeout"] == 150
+    package = others["env"]["PYTHONPATH"].split(suite.os.pathsep)[0]
+    assert (Path(package) / "edt_diffusion" / "__init__.py").is_file()
+    assert told["error"].splitlines()[1:] == ["tests/a.py::b PASSED"]
+    assert "error" in suite.run_tests(options(suite), CPU, suite.Deadline(5))
+    assert len(asked) == 1
+
+
+def test_what_compiles_comes_last_and_needs_time_left(suite, monkeypatch):
+    for name, stand_in in {"measured_matmul_peak": 1e12, "release": None, "set_tf32": None}.items():
+        monkeypatch.setattr(suite, name, lambda *_, stand_in=stand_in: stand_in)
+    begun: list[bool] = []
+
+    def rates(_size, _kind, compiled, *_):
+        begun.append(compiled)
+        return []
+
+    monkeypatch.setattr(suite, "forward_rates", rates)
+    monkeypatch.setattr(suite, "training_rates", rates)
+    given = suite.parse_arguments(["--sizes", "S"])
+    for left, expected in ((480, {False, True}), (200, {False}), (50, set())):
+        begun.clear()
+        found = suite.throughput(given, torch.device("cuda"), SimpleNamespace(left=lambda left=left: left))
+        assert set(begun) == expected
+        assert begun == sorted(begun)
+        if left == 200:
+            assert found["left_out"] == ["forward S bf16 compiled 256", "train S bf16 compiled 256"]
+
+
 def test_results_of_several_calls_are_joined(suite, tmp_path):
     one = {"name": "h", "date": "1", "machine": {"torch": "2", "cpu": "c", "cores": 4, "device": "cuda", "gpu": "G"}}
     first = {**one, "parts": {"tests": {"counts": {"passed": 1}, "failures": []}, "parity": {"error": "none"}}}
@@ -251,5 +541,5 @@ def test_results_of_several_calls_are_joined(suite, tmp_path):
     assert told["parts"]["tests"]["counts"] == {"passed": 2}
     assert told["parts"]["parity"] == {"error": "none"}
     assert "# G, 2" in (tmp_path / "out" / "gpu_h_2.md").read_text()
-    with pytest.raises(UserError, match="different devices: h, other"):
+    with pytest.raises(UserError, match="different devices: h, other; name files of one device"):
         suite.merged([first, {**second, "name": "other"}])
