@@ -530,6 +530,8 @@ def forward_rates(
                 apart = relative_rms(call(), out)
                 if apart > BOUNDS[kind]:
                     raise RuntimeError(f"{network} compiled differs from eager by {apart:.2g}")
+            else:
+                model.train().eval()  # forgets the position biases that it keeps: they are of the pass
             standing = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
             facts[network] = {
                 "work": 2 * sum(model.multiply_adds().values()), "peak_mib": peak_of(call, device),
