@@ -558,7 +558,7 @@ def test_a_model_that_makes_noise_is_best_off(model, rigged, tmp_path, monkeypat
     facts = search(request(model, white, tmp_path / "out")).facts
     assert facts["best_of_search"]["blocks"] == [3, 4]
     assert facts["confirmation"]["rows"][1]["difference_high"] < 0
-    # Clipped Gaussian noise: mean 1/2, deviation sqrt(erf(1/sqrt 2) - 2 phi(1) + P(|z| > 1)) / 2 = 0.3592, in 4 quarters.
+    # Clipped Gaussian noise: mean 1/2, deviation sqrt(erf(1/sqrt 2) - 2 phi(1) + P(|z| > 1)) / 2 = 0.3592.
     assert facts["confirmation"]["noise"] == pytest.approx(4 * (0.5**2 + 0.3592**2), rel=0.05)
     assert facts["answer"]["setting"] is None
     assert conclusion(facts).startswith("AMM stays off: samples are hardly nearer to the reference (1.")
