@@ -384,6 +384,30 @@ def test_clocks_charge_steps_and_neither_saving_nor_points(tmp_path, pictures):
     assert (trainer.step, pace.seconds()["wall"]) == (10, 10.0)
 
 
+@pytest.mark.parametrize(
+    ("budget", "processes", "asked_for", "threads"),
+    [("5s-cpu", 1, None, 1), ("5s-cpu", 1, 3, 3), ("5s", 2, None, 4), ("6steps", 1, None, 8), ("5s", 9, None, 1)],
+)
+def test_threads_of_a_run(tmp_path, pictures, monkeypatch, budget, processes, asked_for, threads):
+    """Cores are shared out, but CPU time, of which threads that wait use up their part, is spent on one thread."""
+    seen: list[int] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(running._Work, "run", lambda work: seen.append(work.threads))
+    run_matrix(matrix(pictures, budget=Budget.parse(budget)), tmp_path / "m", processes, asked_for, quiet=True)
+    assert seen == [threads]
+
+
+def test_runs_of_equal_seconds_that_were_not_made_alike_are_told(tmp_path, pictures):
+    done = {
+        "masked-seed0": {"threads": 1, "device": "cpu", "mixed_precision": "bf16"},
+        "full-seed0": {"threads": 2, "device": "cpu", "mixed_precision": "bf16"},
+    }
+    timed = matrix(pictures, budget=Budget.parse("5s-cpu"))
+    assert Results(tmp_path, timed, [], done, []).unlike() == ["CPU threads: 1, 2"]
+    assert Results(tmp_path, timed, [], {"masked-seed0": done["masked-seed0"]}, []).unlike() == []
+    assert Results(tmp_path, matrix(pictures), [], done, []).unlike() == []  # steps are steps
+
+
 def test_means_intervals_and_differences_by_seed(tmp_path, pictures):
     asked = matrix(pictures, seeds=(0, 1, 2))
     values = {"masked": {0: 1.0, 1: 2.0, 2: 3.0}, "full": {0: 1.5, 1: 3.0}}

@@ -17,6 +17,9 @@ from .folder import MatrixFolder, Run
 from .plan import Matrix
 from .student import t_interval
 
+# What is to be the same in runs of equal seconds, as their `spent.json` has it.
+_ALIKE = {"threads": "CPU threads", "device": "devices", "mixed_precision": "precisions"}
+
 _LOSSES = ("full", "masked")
 
 
@@ -40,6 +43,10 @@ class Estimate:
         """The mean of values by seed, of which there must be one at least."""
         interval = t_interval(list(values.values())) if len(values) > 1 else (None, None)
         return cls(float(np.mean(list(values.values()))), *interval, dict(values))
+
+
+# What is to be the same in runs of equal seconds, as their `spent.json` has it.
+_ALIKE = {"threads": "CPU threads", "device": "devices", "mixed_precision": "precisions"}
 
 
 @dataclass
@@ -91,6 +98,15 @@ class Results:
                         missing.append(path.stem)
         ceiling = _json(place.ceiling) if place.ceiling.is_file() else None
         return cls(place.path, matrix, records, done, missing, ceiling)
+
+    def unlike(self) -> list[str]:
+        """In what the finished runs of a timed budget are not alike, so that equal seconds were not equal work."""
+        told: list[str] = []
+        for name, words in _ALIKE.items():
+            values = sorted({str(facts[name]) for facts in self.done.values() if name in facts})
+            if self.matrix.budget.timed and len(values) > 1:
+                told.append(f"{words}: {', '.join(values)}")
+        return told
 
     @property
     def complete(self) -> bool:

@@ -32,7 +32,8 @@ def run_matrix(
         matrix: what is wanted.
         folder: where all of it lies; see `folder`.
         processes: trainings and scorings at a time. On one GPU, 1.
-        threads: CPU threads of each; None shares the cores out.
+        threads: CPU threads of each; None shares the cores out, but takes one thread where CPU time is the budget, of
+            which threads that wait for each other use up their part, too.
         quiet: say nothing on the terminal.
 
     Returns:
@@ -52,7 +53,8 @@ def run_matrix(
         place.begin(matrix)
     with _lock(place.path):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        work = _Work(place, matrix, processes, threads or max(1, cores // processes), quiet)
+        usual = 1 if matrix.budget.kind == "cpu" else max(1, cores // processes)
+        work = _Work(place, matrix, processes, threads or usual, quiet)
         work.run()
     results = Results.read(place.path, matrix)
     results.stopped, results.failed = work.stopped, work.failed

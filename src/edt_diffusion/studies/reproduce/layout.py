@@ -28,6 +28,7 @@ def lay_out(
     if speeds is not None and base.published and not study.doubled:
         sources.append(sentence("Speeds", TRAINING_SPEED[base.size], SAMPLING_SPEED[base.size]))
     notes = [*study.notes, *_about_arms(study, base), *_about_scores(study, matrix, results)]
+    notes += [f"Runs were not made alike, and equal seconds are not equal work ({told})." for told in results.unlike()]
     if speeds is not None:
         notes.append(
             f"Speeds are of {speeds.batch} pictures at once, the arms in turn: how many times as fast as "
