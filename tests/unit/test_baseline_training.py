@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import assert_same_run, final_state, trainer_in, weights
+from test_trainer import assert_same_run, final_state, pictures, settings, trainer_in, weights
 
+from edt_diffusion.assemble import build_trainer
 from edt_diffusion.config import parse_config
 from edt_diffusion.training.state import CheckpointStore
 from edt_diffusion.util.errors import UserError
@@ -82,6 +83,17 @@ def test_a_run_that_goes_on_with_other_passes(tmp_path):
     plain = {**MODELS["EDT with MDT's masks"], "side_interpolater": False}
     for step, change in ((1, full), (2, both)):  # EDT itself has nothing that only masked passes use
         assert trainer_in(tmp_path / "plain", model=plain, train={"steps": step}, **change).fit()
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [({"passes": "full", "masks": {"down": [[0.1, 0.2]]}}, True), ({"passes": "full"}, False),
+     ({"passes": "full+masked", "masks": {"down": [[0.1, 0.2]]}}, False)],
+)  # fmt: skip
+def test_masks_without_a_masked_pass_are_told(tmp_path, capsys, objective, told):
+    config = settings(model={"depths": [1] * 3, "dims": [16] * 3, "num_heads": [2] * 3}, objective=objective)
+    build_trainer(config, tmp_path, pictures()).lock.release()
+    assert ("objective.masks has no effect with objective.passes=full" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_numbers_of_the_tokens_that_are_there():
     drawn = MaskPlan((), input=(0.3, 0.5)).draw(0, 1, range(3), [(8, 8)])
     counted = TokenMasks(input=drawn.input).kept_at_input()
     assert counted is not None
-    assert drawn.kept_tokens == counted.shape[1]
+    assert drawn.kept_tokens == drawn.to("cpu").kept_tokens == counted.shape[1]
     assert torch.equal(drawn.changed(lambda m: m[1:]).kept_at_input(), counted[1:])  # pyright: ignore
     moved = TokenMasks((mask,), mask, mask).to(dtype=torch.float64)
     assert {m.dtype for m in (*moved.down, moved.stage0, moved.input)} == {torch.float64}  # pyright: ignore
