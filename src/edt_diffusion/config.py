@@ -226,10 +226,8 @@ def settled(config: RunConfig, begun: RunConfig | None = None, validated: bool =
     first = begun or config
     decay_steps = config.optimizer.decay_steps or first.optimizer.decay_steps or first.train.steps
     objective = resolved(config.objective, None if begun is None else begun.objective)
-    passes = objective.passes or first.objective.passes or usual_passes(config.model)
     masks = objective.masks or first.objective.masks or default_masks(config.model)
-    if passes == "full":
-        masks = None
+    passes = objective.passes or first.objective.passes or usual_passes(config.model)
     best = config.train.best_metric or ("val_loss" if validated else _measured(config))
     return config.model_copy(
         update={

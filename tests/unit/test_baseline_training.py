@@ -66,28 +66,28 @@ def test_without_masked_passes_what_only_they_use_is_frozen(tmp_path, kind, opti
     assert resumed.fit()
 
 
-def test_a_run_that_goes_on_with_other_passes(tmp_path):
-    """What a run has saved it goes on with; what it never trained no later pass may use."""
+@pytest.mark.parametrize("kind", ["MDTv2", "EDT with MDT's masks"])
+def test_passes_that_train_other_parameters_are_refused_in_a_run_that_goes_on(tmp_path, kind):
     both, full = {"objective": {"passes": "full+masked"}}, {"objective": {"passes": "full"}}
-    assert begun(tmp_path / "both", "MDTv2", train={"steps": 2}, **both).fit()
-    before = CheckpointStore(tmp_path / "both" / "checkpoints").load(2).tensors
-    assert begun(tmp_path / "both", "MDTv2", train={"steps": 3}, **full).fit()
-    after = CheckpointStore(tmp_path / "both" / "checkpoints").load(3).tensors
-    assert set(after["optimizer"]) == set(before["optimizer"])
-    unmoved = {name for name, value in before["model"].items() if torch.equal(value, after["model"][name])}
-    assert any("mask_token" in name for name in unmoved)
-    assert begun(tmp_path / "full", "MDTv2", train={"steps": 2}, **full).fit()
-    with pytest.raises(UserError, match=r"begun with objective.passes=full, which leaves .* untrained in MDTv2"):
-        begun(tmp_path / "full", "MDTv2", **both)
-    assert begun(tmp_path / "edt", "EDT with MDT's masks", train={"steps": 1}, **full).fit()
-    plain = {**MODELS["EDT with MDT's masks"], "side_interpolater": False}
-    for step, change in ((1, full), (2, both)):  # EDT itself has nothing that only masked passes use
-        assert trainer_in(tmp_path / "plain", model=plain, train={"steps": step}, **change).fit()
+    for folder, first, then in ((tmp_path / "both", both, full), (tmp_path / "full", full, both)):
+        assert begun(folder, kind, train={"steps": 2}, **first).fit()
+        with pytest.raises(UserError, match=r"begun with objective.passes=full.* is trained from the start or not at"):
+            begun(folder, kind, **then)
+        assert begun(folder, kind, train={"steps": 3}, **first).fit()
+
+
+def test_passes_of_a_network_without_such_parameters_may_change_and_change_back(tmp_path):
+    plain = {"name": "EDT", **STAGED}
+    for step, passes in enumerate(("full+masked", "full", "full", "full+masked"), start=1):
+        trainer = trainer_in(tmp_path, model=plain, train={"steps": step}, objective={"passes": passes})
+        assert trainer.fit()
+        assert trainer.step == step
 
 
 @pytest.mark.parametrize(
     ("objective", "told"),
     [({"passes": "full", "masks": {"down": [[0.1, 0.2]]}}, True), ({"passes": "full"}, False),
+     ({"passes": "full", "masks": {"down": [[0.4, 0.5]]}}, False),  # the usual ones, as in a run's config.yaml
      ({"passes": "full+masked", "masks": {"down": [[0.1, 0.2]]}}, False)],
 )  # fmt: skip
 def test_masks_without_a_masked_pass_are_told(tmp_path, capsys, objective, told):

@@ -91,22 +91,25 @@ def check_masks(config: RunConfig, model: Any, begun: RunConfig | None = None) -
     Args:
         config: the run's settings, settled.
         model: the network they make.
-        begun: the settings of the run that is continued: what it trains is saved with it, and stays trainable.
+        begun: the settings of the run that is continued, if there is one.
+
+    Raises:
+        UserError: for such masks, or a run would go on with passes that train other parameters.
     """
     masks, name = config.objective.masks, config.model.get("name", "EDT")
     unused = set(model.masked_only())
-    if (begun or config).objective.passes == "full":
+    full = config.objective.passes == "full"
+    if begun is not None and unused and (begun.objective.passes == "full") != full:
+        raise UserError(
+            f"objective.passes={config.objective.passes}: the run was begun with objective.passes="
+            f"{begun.objective.passes}, and what only masked passes use in {name} (such as {min(unused)!r}) is trained "
+            "from the start or not at all: begin another run in another --out; edt train --from takes the weights over"
+        )
+    if full:
         for parameter_name, parameter in model.named_parameters():
             if parameter_name in unused:
                 parameter.requires_grad_(False)
-    if config.objective.passes == "full":
         return
-    if begun is not None and begun.objective.passes == "full" and unused:
-        raise UserError(
-            f"objective.passes={config.objective.passes}: the run was begun with objective.passes=full, which leaves "
-            f"what only masked passes use untrained in {name} (such as {min(unused)!r}): begin another run "
-            "in another --out; edt train --from takes the weights over"
-        )
     assert masks is not None
     if not model.mask_grids:
         what = "without down-sampling" if name == "EDT" else ""

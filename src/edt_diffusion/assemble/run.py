@@ -19,7 +19,7 @@ from ..data import ImageDataset, LatentStore, open_dataset, training_loader
 from ..data.dataset import make_order
 from ..data.shard_files import IntegrityCheck
 from ..objectives import OBJECTIVES, MaskedTraining
-from ..objectives.config import build_objective
+from ..objectives.config import build_objective, default_masks
 from ..pipelines import ClassConditionalPipeline
 from ..training.ema import EMASet
 from ..training.lora import without_adapters
@@ -103,14 +103,15 @@ def build_trainer(
     trained_on, held_out = during.split_for_validation(config, dataset)
 
     model = build_model(config)
-    idle_masks = begun is None and config.objective.masks is not None
+    # A run's own config.yaml names the usual masks, whether they are in use or not.
+    chosen_masks = begun is None and config.objective.masks not in (None, default_masks(config.model))
     config = settled(config, begun, validated=held_out is not None)
     check_masks(config, model, begun)
     told = finetuning.prepare(config, model, class_names, source)
     vae = open_codec(config, dataset)
     scaling = dataset.scaling if isinstance(dataset, LatentStore) else None
     told += finetuning.latent_lines(source, vae, scaling)
-    if idle_masks and config.objective.passes == "full":
+    if chosen_masks and config.objective.passes == "full":
         told.append("objective.masks has no effect with objective.passes=full")
     objective = build_objective(config.objective, model.config.learn_sigma)
     prediction_type = OBJECTIVES[config.objective.name].prediction_type
