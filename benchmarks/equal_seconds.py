@@ -181,6 +181,14 @@ def without_folders(told: Any) -> Any:
 def page(results: Results, trial: dict[str, Any] | None, options: argparse.Namespace) -> str:
     """The results as Markdown."""
     asked = results.matrix
+    there = {arm.name for arm in asked.arms}
+
+    def difference(arm: Arm, other: str, metric: str) -> str:
+        """At the end, paired by seed."""
+        if arm.name == other or other not in there:
+            return ""
+        return text(results.difference(arm.name, other, metric), signed=True)
+
     ceiling = (results.ceiling or {}).get("metrics", {}).get("fid")
     lines = [
         "# EDT, DiT and MDTv2 at equal seconds",
@@ -189,10 +197,10 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
         "Fréchet distance is of features of a small network, pictures brought to 32 px for it: it is not FID. Intervals"
         " are 95 % of Student's t over seeds. Lower is better.",
         "",
-        "| arm | parameters | multiply-adds of a step's picture | steps | images/s | "
+        "| arm | parameters | multiply-adds of a step's picture | steps | wall seconds | images/s | "
         + " | ".join(f"distance at {point:.0%}" for point in asked.points)
-        + " | difference to EDT |",
-        "|---|---|---|---|---|" + "---|" * (len(asked.points) + 1),
+        + " | difference to EDT | difference to DiT |",
+        "|---|---|---|---|---|---|" + "---|" * (len(asked.points) + 2),
     ]
     for arm in asked.arms:
         done = [
@@ -202,28 +210,34 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
         seconds = spent.get(f"charged_{asked.budget.kind}_seconds", spent.get("charged_wall_seconds", 0.0))
         speed = f"{spent['images'] / seconds:.0f}" if seconds else ""
         cells = [text(results.mean(arm.name, "fid", point)) for point in asked.points]
-        against = "" if arm.name == "edt" else text(results.difference(arm.name, "edt"), signed=True)
+        against = [difference(arm, other, "fid") for other in ("edt", "dit")]
         lines.append(
-            f"| {arm.title} | {done[0]['parameters']:,} | {work(arm)} | {steps(done)} | {speed} | " if done and spent
-            else f"| {arm.title} | | {work(arm)} | | | "
+            f"| {arm.title} | {done[0]['parameters']:,} | {work(arm)} | {steps(done)} | {walls(done)} | {speed} | "
+            if done and spent else f"| {arm.title} | | {work(arm)} | | | | "
         )  # fmt: skip
-        lines[-1] += " | ".join([*cells, against]) + " |"
+        lines[-1] += " | ".join([*cells, *against]) + " |"
     lines += ["", f"Held-out real pictures: {ceiling['value']:.3f}." if ceiling else "No ceiling was measured."]
     lines += [
         "",
         "The same samples by other measures, at the end: kernel distance (lower is better; the number of samples does "
         "not bias it) and class score (higher is better).",
         "",
-        "| arm | kernel distance | difference to EDT | class score |",
-        "|---|---|---|---|",
+        "| arm | kernel distance | difference to EDT | difference to DiT | class score | difference to DiT |",
+        "|---|---|---|---|---|---|",
     ]
     for arm in asked.arms:
-        against = "" if arm.name == "edt" else text(results.difference(arm.name, "edt", "kid"), signed=True)
         kernel, classes = (text(results.mean(arm.name, name)) for name in ("kid", "is"))
-        lines.append(f"| {arm.title} | {kernel} | {against} | {classes} |")
+        cells = [
+            kernel,
+            difference(arm, "edt", "kid"),
+            difference(arm, "dit", "kid"),
+            classes,
+            difference(arm, "dit", "is"),
+        ]
+        lines.append(f"| {arm.title} | {' | '.join(cells)} |")
     real = (results.ceiling or {}).get("metrics", {})
     if "kid" in real and "is" in real:
-        lines.append(f"| held-out real pictures | {real['kid']['value']:.3f} | | {real['is']['value']:.3f} |")
+        lines.append(f"| held-out real pictures | {real['kid']['value']:.3f} | | | {real['is']['value']:.3f} | |")
     lines.append("")
     if trial is None:
         lines.append(f"The rate of learning is {options.lr:g} for all.")
@@ -246,12 +260,20 @@ def page(results: Results, trial: dict[str, Any] | None, options: argparse.Names
     lines += [
         "Parameters are those trained: MDT's side interpolater, not used when sampling, is among them. Multiply-adds "
         "are of one forward pass on all tokens, times the passes of a step. Points before the last are of runs whose "
-        "rate of learning is still high, not of shorter runs. Seconds of CPU time grow where other work shares a "
-        "core's caches: steps are given from the fewest to the most of a seed.",
+        "rate of learning is still high, not of shorter runs. Fewer steps fit into a second of CPU time where other "
+        "work shares a core's caches: steps, and the wall-clock seconds that tell how much there was beside a run, are "
+        "given from the fewest to the most of a seed. Differences are paired by seed, not by load.",
+        *(f"Runs were not made alike ({told})." for told in results.unlike()),
     ]
     if results.missing:
         lines.append(f"Missing: {', '.join(results.missing)}.")
     return "\n".join(lines) + "\n"
+
+
+def walls(done: list[dict[str, Any]]) -> str:
+    """Wall-clock seconds charged, from the fewest to the most of a seed."""
+    least, most = (chosen(run["charged_wall_seconds"] for run in done) for chosen in (min, max))
+    return f"{least:.0f} to {most:.0f}"
 
 
 def work(arm: Arm) -> str:

@@ -260,7 +260,7 @@ def test_nothing_wins_where_samples_are_hardly_better_than_noise(noise, wins):
     best = AttentionModulation((1,))
     answer, why = decide(best, {"low": -2.0, "high": -1.0}, 10.0, 0.01, True, noise)  # three quarters of 13.33 is 10
     assert answer == (best if wins else None)
-    assert wins or "hardly nearer to the reference (10) than the noise they begin from" in why
+    assert wins or "not clearly nearer to the reference (10) than the noise they begin from" in why
 
 
 def test_without_a_candidate_better_than_off_nothing_is_confirmed():
@@ -561,7 +561,7 @@ def test_a_model_that_makes_noise_is_best_off(model, rigged, tmp_path, monkeypat
     # Clipped Gaussian noise: mean 1/2, deviation sqrt(erf(1/sqrt 2) - 2 phi(1) + P(|z| > 1)) / 2 = 0.3592.
     assert facts["confirmation"]["noise"] == pytest.approx(4 * (0.5**2 + 0.3592**2), rel=0.05)
     assert facts["answer"]["setting"] is None
-    assert conclusion(facts).startswith("AMM stays off: samples are hardly nearer to the reference (1.")
+    assert conclusion(facts).startswith("AMM stays off: samples are not clearly nearer to the reference (1.")
     assert "| the noise that samples begin from |" in (tmp_path / "out" / "amm.md").read_text()
     assert saved_modulation(model) is None
 

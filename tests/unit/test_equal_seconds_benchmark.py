@@ -53,7 +53,14 @@ def test_the_page_says_what_was_run_and_what_may_be_wrong_with_it(bench, options
         for arm, pair in values.items() for seed, value in enumerate(pair)
     ]  # fmt: skip
     done = {
-        f"{arm}-seed{seed}": {"parameters": 2_000_000, "steps": 1900 + 100 * seed} for arm in values for seed in (0, 1)
+        f"{arm}-seed{seed}": {
+            "parameters": 2_000_000,
+            "steps": 1900 + 100 * seed,
+            "charged_wall_seconds": 605.2 + 90 * seed,
+            "threads": 1,
+        }
+        for arm in values
+        for seed in (0, 1)
     }
     for name in done:
         folder = tmp_path / "points" / f"{name}-1"
@@ -69,8 +76,13 @@ def test_the_page_says_what_was_run_and_what_may_be_wrong_with_it(bench, options
     results = Results(tmp_path, asked, records, done, ["mdt-seed0-1-plain"])
     page = bench.page(results, trial, options)
     # Multiply-adds: see test_baseline_models and test_reproduce_costs for their count.
-    assert "| EDT, its masks | 2,000,000 | 36.4 M x 2 | 1900 to 2000 | 200 | 6.500 (0.147 to 12.853) |  |" in page
-    assert "| DiT | 2,000,000 | 95.3 M x 1 | 1900 to 2000 | 200 | 5.750 (-3.780 to 15.280) | -0.750" in page
+    assert (
+        "| EDT, its masks | 2,000,000 | 36.4 M x 2 | 1900 to 2000 | 605 to 695 | 200 | 6.500 (0.147 to 12.853) |  |"
+        in page
+    )
+    assert (
+        "| DiT | 2,000,000 | 95.3 M x 1 | 1900 to 2000 | 605 to 695 | 200 | 5.750 (-3.780 to 15.280) | -0.750" in page
+    )
     assert "the lowest or the highest tried for dit:" in page
     assert "Missing: mdt-seed0-1-plain." in page
     command = bench.command(options)

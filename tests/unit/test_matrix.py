@@ -386,13 +386,16 @@ def test_clocks_charge_steps_and_neither_saving_nor_points(tmp_path, pictures):
 
 @pytest.mark.parametrize(
     ("budget", "processes", "asked_for", "threads"),
-    [("5s-cpu", 1, None, 1), ("5s-cpu", 1, 3, 3), ("5s", 2, None, 4), ("6steps", 1, None, 8), ("5s", 9, None, 1)],
-)
+    [
+        ("5s-cpu", 1, None, (8, 1, 8)), ("5s-cpu", 2, None, (8, 1, 4)), ("5s-cpu", 1, 3, (3, 3, 3)),
+        ("5s", 2, None, (8, 4, 4)), ("6steps", 1, None, (8, 8, 8)), ("5s", 9, None, (9, 1, 1)),
+    ],
+)  # fmt: skip
 def test_threads_of_a_run(tmp_path, pictures, monkeypatch, budget, processes, asked_for, threads):
     """Cores are shared out, but CPU time, of which threads that wait use up their part, is spent on one thread."""
-    seen: list[int] = []
+    seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(running._Work, "run", lambda work: seen.append(work.threads))
+    monkeypatch.setattr(running._Work, "run", lambda work: seen.append(tuple(work.threads.values())))
     run_matrix(matrix(pictures, budget=Budget.parse(budget)), tmp_path / "m", processes, asked_for, quiet=True)
     assert seen == [threads]
 

@@ -58,8 +58,9 @@ def confirm(
 ) -> dict[str, Any]:
     """Compare the best, and what is published, with off on fresh seeds; the answer follows from the best alone.
 
-    By a distance, off is also compared with the noise that its samples begin from: where it is hardly nearer to the
-    reference than that, nothing was learned that modulation could help.
+    By a metric of which less is better, off is also compared with the noise that its samples begin from: where it is
+    not clearly nearer to the reference than that, nothing was learned that modulation could help. Where more is better
+    there is no such comparison: noise may well be diverse, or dense.
     """
     rows: list[dict[str, Any]] = []
     settings = MetricSettings()
@@ -113,8 +114,8 @@ def decide(
         return None, "no candidate was better than off in the search"
     if noise is not None and off > _LEARNED * noise:
         return None, (
-            f"samples are hardly nearer to the reference ({off:.4g}) than the noise they begin from ({noise:.4g}): the "
-            "model has yet to be trained"
+            f"samples are not clearly nearer to the reference ({off:.4g}) than the noise they begin from "
+            f"({noise:.4g}): the model has yet to be trained"
         )
     least = least_gain * abs(off)
     worst = compared["high"] if lower else -compared["low"]

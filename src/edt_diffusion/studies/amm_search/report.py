@@ -108,7 +108,8 @@ def markdown(answer: dict[str, Any]) -> str:
             "",
             "Seeds and classes of the confirmation are none of the search's, and were fixed before it. That the best "
             "of many is partly luck does not enter it; a setting wins only if all of its interval is better than off"
-            + (f" by {100 * answer['least_gain']:g} % of off's value." if answer["least_gain"] else "."),
+            + (f" by {100 * answer['least_gain']:g} % of off's value" if answer["least_gain"] else "")
+            + ("." if noise is None else ", and off clearly nearer than the noise its samples begin from."),
         ]
     page += ["", "## Course", "", "| rung | pictures | candidates | off | the best of them, difference to off |"]
     page += ["|---:|---:|---:|---:|---|"]

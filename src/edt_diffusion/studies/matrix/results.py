@@ -45,10 +45,6 @@ class Estimate:
         return cls(float(np.mean(list(values.values()))), *interval, dict(values))
 
 
-# What is to be the same in runs of equal seconds, as their `spent.json` has it.
-_ALIKE = {"threads": "CPU threads", "device": "devices", "mixed_precision": "precisions"}
-
-
 @dataclass
 class Results:
     """The cells of a matrix that are there.

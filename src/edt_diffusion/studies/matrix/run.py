@@ -32,8 +32,8 @@ def run_matrix(
         matrix: what is wanted.
         folder: where all of it lies; see `folder`.
         processes: trainings and scorings at a time. On one GPU, 1.
-        threads: CPU threads of each; None shares the cores out, but takes one thread where CPU time is the budget, of
-            which threads that wait for each other use up their part, too.
+        threads: CPU threads of each; None shares the cores out, but gives a training one thread where CPU time is its
+            budget, of which threads that wait for each other use up their part, too.
         quiet: say nothing on the terminal.
 
     Returns:
@@ -53,8 +53,9 @@ def run_matrix(
         place.begin(matrix)
     with _lock(place.path):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        usual = 1 if matrix.budget.kind == "cpu" else max(1, cores // processes)
-        work = _Work(place, matrix, processes, threads or usual, quiet)
+        share = threads or max(1, cores // processes)
+        training = 1 if threads is None and matrix.budget.kind == "cpu" else share
+        work = _Work(place, matrix, processes, {"prepare": share * processes, "train": training, "score": share}, quiet)
         work.run()
     results = Results.read(place.path, matrix)
     results.stopped, results.failed = work.stopped, work.failed
@@ -80,7 +81,9 @@ class _Job:
 
 
 class _Work:
-    def __init__(self, folder: MatrixFolder, matrix: Matrix, processes: int, threads: int, quiet: bool) -> None:
+    def __init__(
+        self, folder: MatrixFolder, matrix: Matrix, processes: int, threads: dict[str, int], quiet: bool
+    ) -> None:
         self.folder, self.matrix, self.processes, self.threads, self.quiet = folder, matrix, processes, threads, quiet
         self.runs = [Run(arm.name, seed) for seed in matrix.seeds for arm in matrix.arms]
         self.failed: dict[str, str] = {}
@@ -142,7 +145,7 @@ class _Work:
 
     def _start(self, what: str, run: Run | None) -> None:
         words = [sys.executable, "-m", "edt_diffusion.studies.matrix.job", str(self.folder.path), what]
-        count = str(self.threads if run is not None else self.threads * self.processes)
+        count = str(self.threads[what])
         environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
         package = str(Path(__file__).parents[3])  # where this package is imported from, installed or not
         environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
