@@ -487,6 +487,35 @@ def test_flex_attention_is_tried_once(suite, monkeypatch):
     assert tried("dit") == []
 
 
+def test_flex_attention_runs_outside_of_dispatch_modes(suite, monkeypatch):
+    """Within one, Dynamo does not compile it and it cannot run."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as modes
+
+    from edt_diffusion.nn import modulated_attention
+
+    within: dict[str, set[int]] = {"explicit": set(), "flex": set()}
+
+    def noted(name: str) -> Any:
+        def form(*args: Any) -> Any:
+            within[name].add(len(modes()))
+            return explicit(*args)
+
+        return form
+
+    explicit = modulated_attention.FORMS["explicit"]
+    monkeypatch.setattr(suite, "FORMS", {"explicit": None, "flex": None})
+    monkeypatch.setattr(suite, "DTYPES", {"bf16": torch.bfloat16})
+    monkeypatch.setattr(suite, "FLEX_WITH", ("edt", 128, "bf16"))
+    for name in within:
+        monkeypatch.setitem(modulated_attention.FORMS, name, noted(name))
+    rows = {row["amm"]: row for row in suite.errors_of("edt", "tiny", 128, True, CPU)}
+    assert within == {"explicit": {0, 1}, "flex": {0}}  # 0 is the pass in float64
+    assert rows["flex"]["within"]
+    assert rows["flex"]["forms"]["modulated"] > 0
+    assert "kernels" in rows["explicit"]
+    assert "kernels" not in rows["flex"]
+
+
 def test_the_tests_for_a_gpu_are_found_and_bounded(suite, monkeypatch):
     files = suite.files_of_tests()
     assert "tests/unit/test_modulated_attention.py" in files
