@@ -560,12 +560,12 @@ def training_rates(
     for group in groups:
         try:
             steps = compare.steps_of(size, pixels_of(options), batch, DTYPES[kind], device, group, network_of)
-            for recipe, step in list(steps.items()):
-                try:
-                    facts[recipe] = facts_of_step(recipe, step, compiled and (recipe != "edt_star" or len(group) == 1))
-                except Exception as error:  # the others go on
-                    failed.append({"network": recipe, "unavailable": failure(error)})
-                    del steps[recipe]
+            # All are watched before any is compiled: recipes share a network, and none may be called compiled then.
+            watched = of_each(steps, forms_of_step, failed)
+            shared = "edt_star" if len(group) > 1 else None  # its network is compiled with that of edt
+            compiling = [recipe for recipe in group if compiled and recipe != shared]
+            measure = functools.partial(facts_of_step, compiling=compiling)
+            facts |= {recipe: {**told, **watched[recipe]} for recipe, told in of_each(steps, measure, failed).items()}
             if steps:
                 timings, made = windows(steps, options.rounds, device)
                 for recipe, step in steps.items():
@@ -580,12 +580,31 @@ def training_rates(
     return rows_of(Timings(seconds), counts, batch, facts, in_turn=len(groups) == 1) + failed
 
 
-def facts_of_step(recipe: str, step: Any, compile_it: bool) -> dict[str, Any]:
-    """Work, memory and forms of attention of a training step, which is warm then, and compiled if wanted."""
+def of_each(
+    steps: dict[str, Any], measure: Callable[[str, Any], dict[str, Any]], failed: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What is measured of each step; one that fails is told, and taken out of the steps."""
+    found = {}
+    for recipe, step in list(steps.items()):
+        try:
+            found[recipe] = measure(recipe, step)
+        except Exception as error:  # the others go on
+            failed.append({"network": recipe, "unavailable": failure(error)})
+            del steps[recipe]
+    return found
+
+
+def forms_of_step(_recipe: str, step: Any) -> dict[str, Any]:
+    """Forms of attention, and kernels, of the passes of a training step that is not compiled."""
     with watching() as watched:
         step.passes()
+    return watched
+
+
+def facts_of_step(recipe: str, step: Any, compiling: Sequence[str]) -> dict[str, Any]:
+    """Work and memory of a training step, which is warm then, and compiled if it is among those."""
     step()  # makes the optimizer's state
-    if compile_it:
+    if recipe in compiling:
         step.trained.model.compile_repeated_blocks(fullgraph=True)
     step()
     # Twice the multiply-adds, three times for forward and backward, and the passes that are computed whole.
@@ -594,7 +613,6 @@ def facts_of_step(recipe: str, step: Any, compile_it: bool) -> dict[str, Any]:
         "work": None if recipe == "mdtv2" else whole * len(step.objective.passes),
         "peak_mib": peak_of(step, step.trained.device),
         "standing_mib": step.trained.standing_bytes() / 2**20,
-        **watched,
     }
 
 

@@ -433,6 +433,32 @@ def test_one_network_that_fails_does_not_take_the_others_along(suite, monkeypatc
         assert all(row["images_per_second"] > 0 for row in rows.values())
 
 
+def test_all_steps_are_watched_before_any_is_compiled(suite, monkeypatch):
+    """EDT's two recipes have one network: what is compiled is not called where calls are counted."""
+    monkeypatch.setattr(suite, "WINDOW_SECONDS", 0.001)
+    happened: list[str] = []
+    watching, build = suite.watching, suite.compare.build_network
+
+    def watched(*given: Any) -> Any:
+        happened.append("watched")
+        return watching(*given)
+
+    def built(network: str, *rest: Any) -> Any:
+        model = build(network, *rest)
+        model.compile_repeated_blocks = lambda **_: happened.append(f"compiled {network}")
+        return model
+
+    monkeypatch.setattr(suite, "watching", watched)
+    monkeypatch.setattr(suite, "network_of", built)
+    rows = suite.training_rates("tiny", "fp32", True, 1, options(suite), CPU)
+    assert happened == ["watched"] * 4 + ["compiled edt", "compiled dit", "compiled mdtv2"]
+    assert {row["network"] for row in rows if row["forms"]} == {"edt", "edt_star", "dit", "mdtv2"}
+    happened.clear()
+    monkeypatch.setattr(suite, "TOGETHER", ())  # one by one: each is compiled
+    suite.training_rates("tiny", "fp32", True, 1, options(suite), CPU)
+    assert sorted(happened[1::2]) == ["compiled dit", "compiled edt", "compiled edt", "compiled mdtv2"]
+
+
 def test_an_item_of_parity_that_fails_does_not_take_the_others_along(suite, monkeypatch):
     def errors(network, _size, pixels, _amm, _device):
         yield {"network": network, "pixels": pixels, "dtype": "fp32", "amm": "off", "error": 0.0, "within": True}
