@@ -945,12 +945,16 @@ def merged(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def joined(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
     """A part of two calls: rows of the later one take the place of those of the same item, and nothing else is lost.
 
-    A later call that has nothing but an error leaves the part as it was and adds `failed_later`.
+    A later call that has nothing but an error leaves the part as it was and adds `failed_later`; a later training that
+    has more missing than the one before leaves that as it was and adds `not_kept`.
     """
     if before is None or not has_results(before):
         return dict(now)
     if not has_results(now):
         return {**before, "failed_later": now["error"]} if "error" in now else dict(before)
+    if len(now.get("missing", ())) > len(before.get("missing", ())):
+        missing = ", ".join(now["missing"])
+        return {**before, "not_kept": f"{now['seconds']:g} seconds of training each; missing: {missing}"}
     if "rows" not in before or "rows" not in now:
         return dict(now)
     items = {row["item"] for row in now["rows"]}
@@ -961,7 +965,7 @@ def joined(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str
 
 
 def has_results(part: Mapping[str, Any]) -> bool:
-    return bool(part.keys() - {"error", "took_seconds", "unfinished", "failed_later"})
+    return bool(part.keys() - {"error", "took_seconds", "unfinished", "failed_later", "not_kept"})
 
 
 def stem_of(results: Mapping[str, Any]) -> str:
@@ -995,7 +999,11 @@ def page(results: Mapping[str, Any]) -> str:
         lines += ["", f"Ended early: {results['ended_early']}."]
     for part, found in results["parts"].items():
         lines += ["", f"## {part}", ""]
-        for what, name in (("Failed", "error"), ("A later call failed", "failed_later")):
+        for what, name in (
+            ("Failed", "error"),
+            ("A later call failed", "failed_later"),
+            ("A later call with more missing is not kept", "not_kept"),
+        ):
             if name in found:
                 lines += [f"{what}: {found[name]}", ""]
         if found.get("unfinished"):

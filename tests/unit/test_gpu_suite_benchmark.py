@@ -401,6 +401,19 @@ def test_a_later_call_of_the_day_adds_to_what_is_there(suite, tmp_path, monkeypa
         suite.main([*words, "sampling"])
 
 
+def test_a_training_with_more_missing_does_not_replace_another(suite):
+    def trained(seconds: float, *missing: str) -> dict[str, Any]:
+        networks = [] if missing else [{"title": "DiT-S", "parameters": 1, "scores": {}}]
+        return {"seconds": seconds, "networks": networks, "missing": list(missing), "stopped": bool(missing)}
+
+    done = trained(100.0)
+    told = suite.joined(done, trained(50.0, "dit-seed0", "edt-seed0"))
+    assert told == {**done, "not_kept": "50 seconds of training each; missing: dit-seed0, edt-seed0"}
+    assert suite.joined(trained(100.0, "dit-seed0"), trained(50.0))["seconds"] == 50.0
+    assert suite.joined(told, trained(50.0)) == trained(50.0)  # nor is what was told of the one before
+    assert suite.joined(trained(100.0, "dit-seed0"), trained(50.0, "edt-seed0"))["seconds"] == 50.0
+
+
 def test_parity_of_two_calls_is_judged_as_a_whole(suite):
     def part(item: str, error: float | None) -> dict[str, Any]:
         within = error is not None and error < 0.03
