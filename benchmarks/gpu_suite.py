@@ -54,6 +54,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,8 @@ def run_part(
     print(f"{part} ...", file=sys.stderr, flush=True)
 
     def keep(told: Mapping[str, Any]) -> None:
+        if "rows" in told:  # a later call may have another torch
+            told = {**told, "rows": [{**row, "torch": torch.__version__} for row in told["rows"]]}
         results["parts"][part] = joined(before, {**told, "took_seconds": round(time.monotonic() - start, 1)})
         write(results, options.out)
 
@@ -507,6 +510,7 @@ def throughput(
         set_tf32(kind == "tf32")
         measured = forward_rates if what == "forward" else training_rates
         common = {"item": item, "what": what, "size": size, "dtype": kind, "compiled": compiled, "batch": batch}
+        common["rounds"] = options.rounds
         try:
             rows += [{**common, **row} for row in measured(size, kind, compiled, batch, options, device)]
         except Exception as error:
@@ -1010,10 +1014,20 @@ def page(results: Mapping[str, Any]) -> str:
             lines += ["Not finished: the call was ended from outside.", ""]
         if not has_results(found):
             continue
-        lines += PAGES[part](found)
+        lines += [*PAGES[part](found), *mixture(found.get("rows", ()), told["torch"])]
         if found.get(LEFT_OUT):
             lines += ["", f"Left out for want of time: {'; '.join(found[LEFT_OUT])}."]
     return "\n".join(lines) + "\n"
+
+
+def mixture(rows: Sequence[Mapping[str, Any]], version: str) -> list[str]:
+    """Lines on rows of another torch than that of the last call, and on those of different numbers of rounds."""
+    versions, rounds = (Counter(row[name] for row in rows if name in row) for name in ("torch", "rounds"))
+    lines = [f"Rows of torch {other}: {count}." for other, count in versions.items() if other != version]
+    if len(rounds) > 1:
+        counts = (f"{count} of {number} rounds" for number, count in sorted(rounds.items()))
+        lines.append(f"Not all rows are of as many rounds: {', '.join(counts)}.")
+    return [line for each in lines for line in ("", each)]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

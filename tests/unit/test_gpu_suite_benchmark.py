@@ -63,6 +63,7 @@ def test_parts_stand_for_themselves_and_are_written_one_by_one(suite, tmp_path, 
         assert row["images_per_second"] > 0
         assert ("seconds_over_edt" in row) == (row["network"] != "edt")
         assert row["standing_mib"] > 0
+        assert row["rounds"] == 2
         assert sum(row["forms"].values()) >= 2
         if row["forms"] == {"sdpa": 2}:
             assert row["kernels"] == {"flash_attention_for_cpu": 2}
@@ -412,6 +413,24 @@ def test_a_training_with_more_missing_does_not_replace_another(suite):
     assert suite.joined(trained(100.0, "dit-seed0"), trained(50.0))["seconds"] == 50.0
     assert suite.joined(told, trained(50.0)) == trained(50.0)  # nor is what was told of the one before
     assert suite.joined(trained(100.0, "dit-seed0"), trained(50.0, "edt-seed0"))["seconds"] == 50.0
+
+
+def test_rows_say_what_they_were_made_with(suite, tmp_path, monkeypatch):
+    words = ["--device", "cpu", "--out", str(tmp_path), "--parts", "sampling"]
+    rows = [sampled("edt", 3.0), sampled("dit", 2.0)]
+    of_parts(suite, monkeypatch, sampling=lambda *_: {**SAMPLED, "rows": rows})
+    monkeypatch.setattr(suite.torch, "__version__", "1.0")
+    suite.main(words)
+    assert "Rows of torch" not in next(tmp_path.glob("gpu_*.md")).read_text()
+    of_parts(suite, monkeypatch, sampling=lambda *_: {**SAMPLED, "rows": rows[:1]})
+    monkeypatch.setattr(suite.torch, "__version__", "2.0")
+    suite.main(words)
+    found = found_in(tmp_path)["parts"]["sampling"]["rows"]
+    assert {row["item"]: row["torch"] for row in found} == {"edt": "2.0", "dit": "1.0"}
+    assert "Rows of torch 1.0: 1." in next(tmp_path.glob("gpu_*.md")).read_text()
+    assert suite.mixture([{"rounds": 5}, {"rounds": 5}, {}], "2.0") == []
+    (_, line) = suite.mixture([{"rounds": 5}, {"rounds": 2}, {"rounds": 5}], "2.0")
+    assert line == "Not all rows are of as many rounds: 1 of 2 rounds, 2 of 5 rounds."
 
 
 def test_parity_of_two_calls_is_judged_as_a_whole(suite):
