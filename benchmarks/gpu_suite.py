@@ -785,10 +785,19 @@ def metrics_of(extractor: str) -> tuple[dict[str, str], str]:
 
 
 def usual_work(options: argparse.Namespace) -> Path:
-    """The folder of a timed training, the same for the same settings."""
-    names = ("data", "test_data", "extractor", "seconds", "images", "train_batch", "lr", "device", "tiny")
-    settings = json.dumps({name: getattr(options, name) for name in names}, sort_keys=True)
+    """The folder of a timed training, the same for the same settings and the same files."""
+    names = ("seconds", "images", "train_batch", "lr", "device", "tiny")
+    files = {name: identity(getattr(options, name)) for name in ("data", "test_data", "extractor")}
+    settings = json.dumps({**files, **{name: getattr(options, name) for name in names}}, sort_keys=True)
     return Path(tempfile.gettempdir()) / f"edt-gpu-suite-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def identity(path: str | None) -> Any:
+    """What tells a file from others and from what it is once it is written anew; what is no file is as it is."""
+    if path is None or not Path(path).exists():
+        return path
+    state = Path(path).stat()
+    return [str(Path(path).resolve()), state.st_size, state.st_mtime_ns]
 
 
 def data_wait(folder: Path, arm: str, seeds: Sequence[int]) -> float | None:

@@ -207,6 +207,24 @@ def test_pictures_of_an_npz_are_what_is_trained_on(suite, tmp_path):
         suite.readable(str(tmp_path / "bad.npz"), tmp_path / "other.zip")
 
 
+def test_the_usual_folder_of_a_training_is_of_one_file(suite, tmp_path, monkeypatch):
+    given = options(suite, "--data", "train.npz", "--extractor", "pixels")
+    folders = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("train.npz").write_bytes(b"as long")
+        folders.append(suite.usual_work(given))
+        assert suite.usual_work(given) == folders[-1]
+    given.data = "../other/train.npz"
+    assert suite.usual_work(given) == folders[-1]
+    Path("train.npz").write_bytes(b"longer than that")
+    folders.append(suite.usual_work(given))
+    suite.os.utime("train.npz", (1, 1))
+    folders.append(suite.usual_work(given))
+    assert len(set(folders)) == 4
+
+
 def test_the_training_gives_each_network_the_same(suite, tmp_path, monkeypatch):
     from edt_diffusion.studies import matrix as engine
 
