@@ -352,9 +352,9 @@ def run_tests(
 
 
 def files_of_tests() -> list[str]:
-    """The files with tests for a GPU, from the root of the repository."""
+    """The files with tests for a GPU, marked one by one or as a whole, from the root of the repository."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if "@pytest.mark.gpu" in file.read_text("utf-8")]
+    return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text("utf-8")]
 
 
 def environment() -> dict[str, str]:

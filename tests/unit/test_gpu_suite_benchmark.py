@@ -595,7 +595,7 @@ def test_flex_attention_runs_outside_of_dispatch_modes(suite, monkeypatch):
 def test_the_tests_for_a_gpu_are_found_and_bounded(suite, monkeypatch):
     files = suite.files_of_tests()
     assert "tests/unit/test_modulated_attention.py" in files
-    assert all("@pytest.mark.gpu" in (suite.ROOT / file).read_text() for file in files)
+    assert all("mark.gpu" in (suite.ROOT / file).read_text() for file in files)
     asked: list[Any] = []
 
     def late(words, **others):
@@ -612,6 +612,18 @@ def test_the_tests_for_a_gpu_are_found_and_bounded(suite, monkeypatch):
     assert told["error"].splitlines()[1:] == ["tests/a.py::b PASSED"]
     assert "error" in suite.run_tests(options(suite), CPU, suite.Deadline(5))
     assert len(asked) == 1
+
+
+def test_tests_for_a_gpu_are_found_however_they_are_marked(suite, tmp_path, monkeypatch):
+    texts = {
+        "test_each": "@pytest.mark.gpu\n", "test_file": "pytestmark = [pytest.mark.slow, pytest.mark.gpu]\n",
+        "test_case": "pytest.param(1, marks=pytest.mark.gpu)\n", "test_none": "gpu = 1\n",
+    }  # fmt: skip
+    (tmp_path / "tests").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "tests" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    assert suite.files_of_tests() == [f"tests/test_{name}.py" for name in ("case", "each", "file")]
 
 
 def test_what_compiles_comes_last_and_needs_time_left(suite, monkeypatch):
