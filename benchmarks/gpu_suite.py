@@ -151,6 +151,13 @@ def begun(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return results
 
 
+def exit_status(results: Mapping[str, Any], parts: Sequence[str]) -> int:
+    """1 where a call ended early or one of its parts failed; what is there of other parts of that day does not count."""
+    found = [results.get("parts", {}).get(part, {}) for part in parts]
+    failed = any("error" in part or "failed_later" in part for part in found)
+    return 1 if failed or results.get("ended_early") else 0
+
+
 def run_part(
     part: str, results: dict[str, Any], options: argparse.Namespace, device: torch.device, deadline: "Deadline"
 ) -> str | None:
@@ -1147,6 +1154,6 @@ PAGES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 
 if __name__ == "__main__":
     try:
-        sys.exit(1 if main().get("ended_early") else 0)
+        sys.exit(exit_status(main(), parse_arguments(None).parts))
     except UserError as error:
         sys.exit(str(error))

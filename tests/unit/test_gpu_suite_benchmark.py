@@ -451,6 +451,15 @@ def test_rows_say_what_they_were_made_with(suite, tmp_path, monkeypatch):
     assert line == "Not all rows are of as many rounds: 1 of 2 rounds, 2 of 5 rounds."
 
 
+def test_a_part_that_failed_is_told_by_the_exit_status(suite):
+    parts = {"tests": {"error": "late"}, "parity": {"rows": []}, "sampling": {"rows": [], "failed_later": "at once"}}
+    asked = {"parity": 0, "tests": 1, "sampling": 1, "throughput": 0}
+    assert {part: suite.exit_status({"parts": parts}, [part]) for part in asked} == asked
+    assert suite.exit_status({"parts": parts}, suite.PARTS) == 1
+    assert suite.exit_status({"parts": parts, "ended_early": "in parity"}, ["parity"]) == 1
+    assert suite.exit_status({}, suite.PARTS) == 0  # of --pack
+
+
 def test_parity_of_two_calls_is_judged_as_a_whole(suite):
     def part(item: str, error: float | None) -> dict[str, Any]:
         within = error is not None and error < 0.03
