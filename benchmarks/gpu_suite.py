@@ -28,9 +28,10 @@ safetensors; the tests need pytest, and compiling Triton.
 
 Each part stands for itself: what fails is told and the others go on, unless the device answers no more. Results are
 written after each row to `gpu_NAME_DATE.json` and a page beside it, into which a later call of the same day puts what
-it measures. `--budget` is for the whole call: nothing is begun that may outlast it by more than two minutes, and what
-did not fit is named under `left_out`. The training is stopped at the end of the budget; the same command goes on with
-it, as long as `--work` is there.
+it measures. `--budget` is for the whole call: nothing is begun with less of it left than its kind usually takes, and
+what did not fit is named under `left_out`; what has begun is not stopped, and may outlast it, but for the tests and the
+training. That is stopped at the end of the budget; the same command goes on with it, as long as `--work` is there. The
+call ends with status 1 where one of its parts failed.
 
 `--data` and `--test-data` may be .npz files with uint8 pictures (N, H, W, 3) as `images` or `arr_0` and integer classes
 as `labels` or `arr_1`, which need nothing but numpy; `--pack` makes them from any pictures that `edt train` takes.
