@@ -290,7 +290,7 @@ def network_of(network: str, size: str, pixels: int) -> Any:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the fused attention kernels that torch chooses; its kernel without fusion is not among them."""
+    """Counts the attention kernels that torch chooses; that without fusion, `attention_math`, in inference mode only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1085,7 +1085,7 @@ def page_of_throughput(found: Mapping[str, Any]) -> list[str]:
     kernels = (
         "Attention is the form that the networks take by themselves, of a forward pass or of the passes of a step, "
         "with the number of calls; behind `sdpa` stand the kernels that torch chose, of those it may choose from "
-        f"({', '.join(found['kernels_allowed'])}), and where none is named its kernel without fusion."
+        f"({', '.join(found['kernels_allowed'])}), `attention_math` in forward passes is that without fusion, and so is what no kernel is named for in training."
     )
     rows = [
         [row["what"], row["size"], row["dtype"], "compiled" if row["compiled"] else "eager", row["batch"],

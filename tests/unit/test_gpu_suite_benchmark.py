@@ -105,6 +105,18 @@ def test_parity_finds_precisions_and_what_is_wrong(suite, monkeypatch):
     assert not wrong["within"]
 
 
+def test_the_kernel_without_fusion_has_a_name_in_inference_mode_only(suite):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    given = torch.randn(1, 2, 8, 16)
+    seen = []
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode(), sdpa_kernel(SDPBackend.MATH), suite.Kernels() as kernels:
+            torch.nn.functional.scaled_dot_product_attention(given, given, given)
+        seen.append(kernels.seen)
+    assert seen == [{"attention_math": 1}, {}]
+
+
 def test_every_precision_is_that_of_the_same_weights(suite, monkeypatch):
     """Weights that bfloat16 has rounded would show in the error of float16, whichever comes first."""
     found = []
