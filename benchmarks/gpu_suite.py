@@ -153,7 +153,7 @@ def begun(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def exit_status(results: Mapping[str, Any], parts: Sequence[str]) -> int:
-    """1 where a call ended early or one of its parts failed; what is there of other parts of that day does not count."""
+    """1 where a call ended early or one of its parts failed; other parts, of earlier calls, do not count."""
     found = [results.get("parts", {}).get(part, {}) for part in parts]
     failed = any("error" in part or "failed_later" in part for part in found)
     return 1 if failed or results.get("ended_early") else 0
@@ -290,7 +290,7 @@ def network_of(network: str, size: str, pixels: int) -> Any:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the attention kernels that torch chooses; that without fusion, `attention_math`, in inference mode only."""
+    """Counts attention kernels that torch chooses; that without fusion, `attention_math`, in inference mode only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1085,7 +1085,8 @@ def page_of_throughput(found: Mapping[str, Any]) -> list[str]:
     kernels = (
         "Attention is the form that the networks take by themselves, of a forward pass or of the passes of a step, "
         "with the number of calls; behind `sdpa` stand the kernels that torch chose, of those it may choose from "
-        f"({', '.join(found['kernels_allowed'])}), `attention_math` in forward passes is that without fusion, and so is what no kernel is named for in training."
+        f"({', '.join(found['kernels_allowed'])}). That without fusion is `attention_math` in forward passes; in "
+        "training it has no name, and stands where none is named."
     )
     rows = [
         [row["what"], row["size"], row["dtype"], "compiled" if row["compiled"] else "eager", row["batch"],
