@@ -41,8 +41,9 @@ def test_runs_as_json_and_in_other_orders(edt, runs):
     said = edt("runs", runs, "--json", "--sort", "loss")
     facts = json.loads(said.out[0])
     assert facts["runs"][0] | {"updated": 0, "size_bytes": 0} == {
-        "name": "second", "path": str(runs / "second"), "state": "finished", "step": 4, "steps": 4, "loss": 0.125,
-        "val_loss": None, "best": None, "images_per_second": None, "seconds": None, "checkpoints": [2, 4],
+        "name": "second", "path": str(runs / "second"), "state": "finished", "step": 4, "steps": 4,
+        "budget_share": None, "loss": 0.125, "val_loss": None, "best": None, "images_per_second": None,
+        "seconds": None, "checkpoints": [2, 4],
         "size_bytes": 0, "updated": 0, "model": "EDT", "objective": "learned_variance", "problem": None,
     }  # fmt: skip
     assert json.loads(edt("runs", "--sort", "updated", "--json").out[0])["runs"][0]["name"] == "broken"
